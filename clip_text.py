@@ -1,0 +1,187 @@
+"""CLIP ViT-L/14's tokenizer and text encoder, as Stable Diffusion 1.5 uses them, from scratch in one file.
+
+Prompts become (B, 77) token ids and then (B, 77, 768) states: the last layer's output after the final LayerNorm,
+with neither pooling nor projection (ldm/modules/encoders/modules.py 152-159). Module names are those of
+transformers' CLIPTextModel as published checkpoints bear them, so loading is a strict load_state_dict.
+
+    tokenizer, encoder = load_tokenizer(path), load(path);  context = encoder(tokenizer(['a red star']))
+"""
+
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer as Engine, decoders, models, normalizers, pre_tokenizers
+from torch import nn
+
+LENGTH = 77         # positions, the start and end tokens included
+
+# What one word is, before byte-pair encoding: CLIP's own pattern (openai/CLIP simple_tokenizer.py, `self.pat`).
+# Digits stand alone; 's and its like are cut off; anything else that is no space keeps together.
+WORD = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+class Tokenizer:
+    """CLIP's lower-cased byte-level BPE over a checkpoint's vocab.json and merges.txt.
+
+    tokenizer(list of str) -> (B, 77) int64: start token, at most 75 tokens of text, end token, and the end token
+    again up to 77, for it is SD's padding too. The ids in text_encoder/config.json (bos 0, eos 2) are wrong.
+
+    Equal to transformers 5's CLIPTokenizer. The transformers 4 slow class that the paper's code used also repaired
+    text with ftfy first (curly quotes, HTML entities, mojibake, full-width letters) and dropped control characters;
+    this one does not, since ftfy is a seventh package: none of the 30,000 COCO captions is tokenised differently.
+    """
+
+    def __init__(self, vocab, merges):
+        self.start, self.end = vocab['<|startoftext|>'], vocab['<|endoftext|>']
+        self.engine = Engine(models.BPE(vocab=vocab, merges=merges, end_of_word_suffix='</w>', unk_token='<|endoftext|>'))
+        self.engine.normalizer = normalizers.Sequence(
+            [normalizers.NFC(), normalizers.Replace(Regex(r'\s+'), ' '), normalizers.Lowercase()])
+        self.engine.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(Regex(WORD), behavior='removed', invert=True),
+             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        self.engine.decoder = decoders.ByteLevel()
+        # Spelled out in a prompt these two are their own ids, as in every CLIP tokenizer of transformers.
+        self.engine.add_special_tokens(['<|startoftext|>', '<|endoftext|>'])
+
+    def __call__(self, texts):
+        rows = []
+        for encoding in self.engine.encode_batch(list(texts), add_special_tokens=False):
+            ids = encoding.ids[:LENGTH - 2]         # cut the text, never the end token
+            rows.append([self.start, *ids] + [self.end] * (LENGTH - 1 - len(ids)))
+        return torch.tensor(rows, dtype=torch.int64).reshape(-1, LENGTH)
+
+    def lost(self, text):
+        """The end of `text` that does not fit into 77 positions and is cut off; '' where all of it fits."""
+        encoding = self.engine.encode(text, add_special_tokens=False)
+        if len(encoding.ids) <= LENGTH - 2:
+            return ''
+        words = self.engine.decode(encoding.ids[LENGTH - 2:])
+        return words.replace('</w>', ' ').strip()
+
+
+class Attention(nn.Module):
+    """Causal self-attention, (B, L, C) -> (B, L, C). Padding is attended to like text: SD passes no mask."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x):
+        q, k, v = (proj(x).unflatten(2, (self.heads, -1)).transpose(1, 2)               # (B, heads, L, C/heads)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        h = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out_proj(h.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x):
+        h = self.fc1(x)
+        return self.fc2(h * torch.sigmoid(1.702 * h))       # CLIP's "quick GELU": transformers activations.py 123
+
+
+class Layer(nn.Module):
+    def __init__(self, width, heads, hidden):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(width, eps=1e-5)    # layer_norm_eps of text_encoder/config.json
+        self.self_attn = Attention(width, heads)
+        self.layer_norm2 = nn.LayerNorm(width, eps=1e-5)
+        self.mlp = MLP(width, hidden)
+
+    def forward(self, x):
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class TextEncoder(nn.Module):
+    """CLIP's text transformer; the defaults are ViT-L/14's 123 M weights. Tokens (B, 77) -> states (B, 77, width)."""
+
+    def __init__(self, vocab=49408, width=768, layers=12, heads=12, hidden=3072):
+        super().__init__()
+        # Bare modules serve as name spaces: published keys begin with text_model.embeddings, text_model.encoder, ...
+        self.text_model = nn.Module()
+        self.text_model.embeddings = nn.Module()
+        self.text_model.embeddings.token_embedding = nn.Embedding(vocab, width)
+        self.text_model.embeddings.position_embedding = nn.Embedding(LENGTH, width)
+        self.text_model.encoder = nn.Module()
+        self.text_model.encoder.layers = nn.ModuleList(Layer(width, heads, hidden) for _ in range(layers))
+        self.text_model.final_layer_norm = nn.LayerNorm(width, eps=1e-5)
+
+    def forward(self, tokens):
+        embeddings = self.text_model.embeddings
+        x = embeddings.token_embedding(tokens) + embeddings.position_embedding.weight       # (B, 77, width)
+        for layer in self.text_model.encoder.layers:
+            x = layer(x)
+        return self.text_model.final_layer_norm(x)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Files: a checkpoint folder in diffusers layout, with text_encoder/ and tokenizer/
+
+def load_tokenizer(path):
+    """The tokenizer in `path`, a checkpoint folder with a tokenizer/ inside or that folder itself."""
+    folder = Path(path)
+    if (folder / 'tokenizer').is_dir():
+        folder = folder / 'tokenizer'
+    for name in ('vocab.json', 'merges.txt'):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f'expected a CLIP tokenizer at {folder}, found no {name} there; '
+                                    'give the folder that holds tokenizer/ or that folder itself')
+    vocab = json.loads((folder / 'vocab.json').read_text(encoding='utf-8'))
+    lines = (folder / 'merges.txt').read_text(encoding='utf-8').split('\n')
+    merges = [tuple(line.split()) for line in lines if line and not line.startswith('#version')]
+    return Tokenizer(vocab, merges)
+
+
+def load(path):
+    """The text encoder in `path`, a checkpoint folder with a text_encoder/ inside or that folder itself, fp32, eval mode.
+
+    config.json sizes the net. Raises FileNotFoundError or ValueError with a sentence."""
+    folder = Path(path)
+    if (folder / 'text_encoder').is_dir():
+        folder = folder / 'text_encoder'
+    for name in ('config.json', 'model.safetensors'):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f'expected a CLIP text encoder at {folder}, found no {name} there; '
+                                    'give the folder that holds text_encoder/ or that folder itself')
+    config = json.loads((folder / 'config.json').read_text())
+    with torch.device('meta'):                      # no memory and no random numbers for weights about to be replaced
+        encoder = TextEncoder(config['vocab_size'], config['hidden_size'], config['num_hidden_layers'],
+                              config['num_attention_heads'], config['intermediate_size'])
+    # Positions are 0 ... 76: the stored position_ids are a leftover of old transformers, and wrong in some merged files.
+    weights = {key: w.float() for key, w in load_file(folder / 'model.safetensors').items() if 'position_ids' not in key}
+    try:
+        encoder.load_state_dict(weights, strict=True, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f'{folder} does not hold the text encoder that its config.json describes: {error}') from None
+    return encoder.eval()
+
+
+def save(encoder, folder, dtype=torch.float32):
+    """Write config.json and safetensors so that load() here and transformers' CLIPTextModel open the folder."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    model = encoder.text_model
+    vocab, width = model.embeddings.token_embedding.weight.shape
+    config = {
+        'architectures': ['CLIPTextModel'], 'model_type': 'clip_text_model', 'vocab_size': vocab, 'hidden_size': width,
+        'num_hidden_layers': len(model.encoder.layers), 'num_attention_heads': model.encoder.layers[0].self_attn.heads,
+        'intermediate_size': model.encoder.layers[0].mlp.fc1.out_features, 'max_position_embeddings': LENGTH,
+        'hidden_act': 'quick_gelu', 'layer_norm_eps': 1e-5, 'projection_dim': width,
+        'bos_token_id': vocab - 2, 'eos_token_id': vocab - 1, 'pad_token_id': vocab - 1}
+    (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
+    weights = {key: w.detach().to('cpu', dtype).contiguous() for key, w in encoder.state_dict().items()}
+    unfinished = folder / 'model.safetensors.tmp'
+    save_file(weights, unfinished, metadata={'format': 'pt'})
+    unfinished.replace(folder / 'model.safetensors')
