@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer as Engine, decoders, models, normalizers, pre_tokenizers
 from torch import nn
@@ -159,11 +160,12 @@ def load(path):
     with torch.device('meta'):                      # no memory and no random numbers for weights about to be replaced
         encoder = TextEncoder(config['vocab_size'], config['hidden_size'], config['num_hidden_layers'],
                               config['num_attention_heads'], config['intermediate_size'])
-    # Positions are 0 ... 76: the stored position_ids are a leftover of old transformers, and wrong in some merged files.
-    weights = {key: w.float() for key, w in load_file(folder / 'model.safetensors').items() if 'position_ids' not in key}
     try:
+        weights = {key: w.float() for key, w in load_file(folder / 'model.safetensors').items()}
+        # Positions are 0 ... 76: the stored position_ids are a leftover of old transformers, and wrong in some merged files.
+        weights.pop('text_model.embeddings.position_ids', None)
         encoder.load_state_dict(weights, strict=True, assign=True)
-    except RuntimeError as error:
+    except (RuntimeError, SafetensorError) as error:
         raise ValueError(f'{folder} does not hold the text encoder that its config.json describes: {error}') from None
     return encoder.eval()
 

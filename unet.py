@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -283,10 +284,10 @@ def load(path):
                    config['layers_per_block'], config['norm_num_groups'],
                    tuple(kind == 'CrossAttnDownBlock2D' for kind in config['down_block_types']))
     net.sample_size = config.get('sample_size', 64)
-    weights = load_file(folder / 'diffusion_pytorch_model.safetensors')
     try:
+        weights = load_file(folder / 'diffusion_pytorch_model.safetensors')
         net.load_state_dict({key: w.float() for key, w in weights.items()}, strict=True, assign=True)
-    except RuntimeError as error:
+    except (RuntimeError, SafetensorError) as error:
         raise ValueError(f'{folder} does not hold the UNet that its config.json describes: {error}') from None
     return net.eval()
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -200,10 +201,10 @@ def load(path):
     with torch.device('meta'):                      # no memory and no random numbers for weights about to be replaced
         vae = VAE(tuple(config['block_out_channels']), config['layers_per_block'], config['norm_num_groups'],
                   config.get('scaling_factor', 0.18215))    # absent from SD 1.5's own config.json
-    weights = load_file(folder / 'diffusion_pytorch_model.safetensors')
     try:
+        weights = load_file(folder / 'diffusion_pytorch_model.safetensors')
         vae.load_state_dict({key: w.float() for key, w in weights.items()}, strict=True, assign=True)
-    except RuntimeError as error:
+    except (RuntimeError, SafetensorError) as error:
         raise ValueError(f'{folder} does not hold the VAE that its config.json describes: {error}') from None
     return vae.eval()
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer as Engine, models, pre_tokenizers, trainers
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -117,6 +118,83 @@ def make_vae(args):
     print(f'scale {vae.scale}; reconstructions right {share:.4f}, mean error {(x - y).abs().mean():.4f}; {attributes}')
 
 
+def make_tokenizer(captions):
+    """vocab.json and merges.txt in CLIP's format, learned from the captions: each word of this world becomes one token."""
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    learned = Engine(models.BPE(end_of_word_suffix='</w>'))
+    learned.pre_tokenizer = pre_tokenizers.Split(Regex(clip_text.WORD), behavior='removed', invert=True)
+    learned.train_from_iterator(captions, trainers.BpeTrainer(
+        vocab_size=2000, min_frequency=1, end_of_word_suffix='</w>', show_progress=False))
+    merges = json.loads(learned.to_str())['model']['merges']
+    tokens = characters + [c + '</w>' for c in characters] + [a + b for a, b in merges] + ['<|startoftext|>', '<|endoftext|>']
+    vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    (TINY / 'tokenizer').mkdir(parents=True, exist_ok=True)
+    (TINY / 'tokenizer' / 'vocab.json').write_text(json.dumps(vocab, ensure_ascii=False) + '\n', encoding='utf-8')
+    (TINY / 'tokenizer' / 'merges.txt').write_text(
+        '#version: 0.2\n' + ''.join(f'{a} {b}\n' for a, b in merges), encoding='utf-8')
+    (TINY / 'tokenizer' / 'tokenizer_config.json').write_text(json.dumps(
+        {'tokenizer_class': 'CLIPTokenizer', 'model_max_length': 77, 'bos_token': '<|startoftext|>',
+         'eos_token': '<|endoftext|>', 'pad_token': '<|endoftext|>', 'unk_token': '<|endoftext|>'}, indent=2) + '\n')
+    return clip_text.load_tokenizer(TINY)
+
+
+@torch.no_grad()
+def latents_of(vae, pictures):
+    return torch.cat([vae.encode(to_net(pictures[i:i + 500])) for i in range(0, len(pictures), 500)])
+
+
+def make_teacher(args):
+    torch.manual_seed(2)
+    scenes = training_scenes(args.pictures, seed=2)
+    captions = [tiny_world.caption(scene) for scene in scenes]
+    tokenizer = make_tokenizer(captions)
+    vae = vae_module.load(TINY)
+    latents = latents_of(vae, tiny_world.pictures(scenes, seed=3))
+    tokens, empty = tokenizer(captions), tokenizer([''])
+    print(f'{len(latents)} latents, deviation {latents.std():.3f}, vocabulary {len(tokenizer.engine.get_vocab())}', flush=True)
+    net = unet.UNet((64, 112), context_dim=96, heads=4, layers=1, groups=8, attention=(True, True))
+    net.sample_size = tiny_world.SIDE // vae.factor
+    text = clip_text.TextEncoder(len(tokenizer.engine.get_vocab()), width=96, layers=2, heads=4, hidden=384)
+    torch.nn.init.normal_(text.text_model.embeddings.token_embedding.weight, std=0.05)
+    torch.nn.init.normal_(text.text_model.embeddings.position_embedding.weight, std=0.05)
+
+    def step(generator):
+        rows = torch.randint(len(latents), (64,), generator=generator)
+        x0, words = latents[rows], tokens[rows]
+        words = torch.where(torch.rand(64, 1, generator=generator) < 0.1, empty, words)    # the prompts dropped: guidance
+        eps = torch.randn(x0.shape, generator=generator)
+        t = torch.randint(1000, (64,), generator=generator)
+        return F.mse_loss(net(sid_lsg.add_noise(x0, eps, t), t, text(words)), eps)
+
+    both = torch.nn.ModuleList([net, text])
+    net_average, text_average = train(
+        both, step, args.iterations or 5500, 64, 1.2e-3, args.work / 'teacher.pt', seed=2, ema=0.999)
+    net_average.sample_size = net.sample_size
+    unet.save(net_average, TINY / 'unet', torch.float16)
+    clip_text.save(text_average, TINY / 'text_encoder', torch.float16)
+    write_rest()
+
+
+def write_rest():
+    """What makes it a checkpoint that others open, and what train and the scores read: settings, prompts, held-out captions."""
+    config = json.loads((TINY / 'unet' / 'config.json').read_text())
+    (TINY / 'scheduler').mkdir(exist_ok=True)
+    (TINY / 'scheduler' / 'scheduler_config.json').write_text(json.dumps(
+        {'_class_name': 'DDIMScheduler', 'beta_start': 0.00085, 'beta_end': 0.012, 'beta_schedule': 'scaled_linear',
+         'num_train_timesteps': 1000, 'clip_sample': False, 'set_alpha_to_one': False, 'steps_offset': 1,
+         'prediction_type': 'epsilon'}, indent=2) + '\n')
+    (TINY / 'model_index.json').write_text(json.dumps(
+        {'_class_name': 'StableDiffusionPipeline', 'unet': ['diffusers', config['_class_name']],
+         'vae': ['diffusers', 'AutoencoderKL'], 'text_encoder': ['transformers', 'CLIPTextModel'],
+         'tokenizer': ['transformers', 'CLIPTokenizer'], 'scheduler': ['diffusers', 'DDIMScheduler'],
+         'safety_checker': [None, None], 'feature_extractor': [None, None], 'requires_safety_checker': False}, indent=2) + '\n')
+    prompts = list(dict.fromkeys(tiny_world.caption(s) for s in training_scenes(6000, seed=4)))
+    (TINY / 'prompts.txt').write_text('\n'.join(prompts) + '\n')
+    (TINY / 'held_out.txt').write_text('\n'.join(tiny_world.caption(s) for s in split()[0]) + '\n')
+    (TINY / 'sid_lsg.json').write_text(json.dumps(
+        {'kimg': 9.6, 'batch': 32, 'lr': 1e-4, 'fake_lr': 1e-4, 'ema_kimg': 1.0, 'grid_kimg': 1.6}, indent=2) + '\n')
+
+
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('stage', choices=['vae', 'teacher'])
@@ -126,4 +204,4 @@ if __name__ == '__main__':
     parser.add_argument('--kl', type=float, default=2e-4, help='weight of the VAE\'s KL term')
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    dict(vae=make_vae, teacher=None)[args.stage](args)
+    dict(vae=make_vae, teacher=make_teacher)[args.stage](args)

@@ -112,7 +112,7 @@ def pictures(scenes, seed):
 
 FRAME = 1.75        # half the side of the frame in which shapes are compared, in radii of a disc of equal area
 GRID = 32           # its side in samples
-MATCH = 0.80        # overlap (intersection over union) with the best template that a shape must reach
+MATCH = 0.65        # overlap (intersection over union) with the best template that a shape must reach; drawn ones reach 0.82
 SPECK = 12.0        # pixels; anything smaller is no object
 
 
