@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tokenizers import Regex, Tokenizer as Engine, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer as Engine, models, normalizers, pre_tokenizers
 from torch import nn
 
 LENGTH = 77         # positions, the start and end tokens included
 
 # What one word is, before byte-pair encoding: CLIP's own pattern (openai/CLIP simple_tokenizer.py, `self.pat`).
 # Digits stand alone; 's and its like are cut off; anything else that is no space keeps together.
-WORD = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 class Tokenizer:
@@ -38,16 +38,15 @@ class Tokenizer:
     def __init__(self, vocab, merges):
         self.start, self.end = vocab['<|startoftext|>'], vocab['<|endoftext|>']
         self.engine = Engine(models.BPE(vocab=vocab, merges=merges, end_of_word_suffix='</w>', unk_token='<|endoftext|>'))
-        self.engine.normalizer = normalizers.Sequence(
-            [normalizers.NFC(), normalizers.Replace(Regex(r'\s+'), ' '), normalizers.Lowercase()])
+        self.engine.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
         self.engine.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Split(Regex(WORD), behavior='removed', invert=True),
-             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-        self.engine.decoder = decoders.ByteLevel()
+             pre_tokenizers.ByteLevel(add_prefix_space=False)])
         # Spelled out in a prompt these two are their own ids, as in every CLIP tokenizer of transformers.
         self.engine.add_special_tokens(['<|startoftext|>', '<|endoftext|>'])
 
     def __call__(self, texts):
+        assert not isinstance(texts, str), 'expected a list of prompts, got one string'
         rows = []
         for encoding in self.engine.encode_batch(list(texts), add_special_tokens=False):
             ids = encoding.ids[:LENGTH - 2]         # cut the text, never the end token
@@ -57,10 +56,7 @@ class Tokenizer:
     def lost(self, text):
         """The end of `text` that does not fit into 77 positions and is cut off; '' where all of it fits."""
         encoding = self.engine.encode(text, add_special_tokens=False)
-        if len(encoding.ids) <= LENGTH - 2:
-            return ''
-        words = self.engine.decode(encoding.ids[LENGTH - 2:])
-        return words.replace('</w>', ' ').strip()
+        return text[encoding.offsets[LENGTH - 2][0]:] if len(encoding) > LENGTH - 2 else ''
 
 
 class Attention(nn.Module):
@@ -156,17 +152,18 @@ def load(path):
         if not (folder / name).is_file():
             raise FileNotFoundError(f'expected a CLIP text encoder at {folder}, found no {name} there; '
                                     'give the folder that holds text_encoder/ or that folder itself')
-    config = json.loads((folder / 'config.json').read_text())
-    with torch.device('meta'):                      # no memory and no random numbers for weights about to be replaced
-        encoder = TextEncoder(config['vocab_size'], config['hidden_size'], config['num_hidden_layers'],
-                              config['num_attention_heads'], config['intermediate_size'])
     try:
+        config = json.loads((folder / 'config.json').read_text())
+        with torch.device('meta'):          # no memory and no random numbers for weights about to be replaced
+            encoder = TextEncoder(config['vocab_size'], config['hidden_size'], config['num_hidden_layers'],
+                                  config['num_attention_heads'], config['intermediate_size'])
         weights = {key: w.float() for key, w in load_file(folder / 'model.safetensors').items()}
-        # Positions are 0 ... 76: the stored position_ids are a leftover of old transformers, and wrong in some merged files.
+        # Positions are 0 ... 76: stored position_ids are a leftover of old transformers, wrong in some merged files.
         weights.pop('text_model.embeddings.position_ids', None)
         encoder.load_state_dict(weights, strict=True, assign=True)
-    except (RuntimeError, SafetensorError) as error:
-        raise ValueError(f'{folder} does not hold the text encoder that its config.json describes: {error}') from None
+    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = ' '.join(f'{type(error).__name__}: {error}'.split())
+        raise ValueError(f'{folder} does not hold the text encoder that its config.json describes; {reason}') from None
     return encoder.eval()
 
 
@@ -182,8 +179,8 @@ def save(encoder, folder, dtype=torch.float32):
         'intermediate_size': model.encoder.layers[0].mlp.fc1.out_features, 'max_position_embeddings': LENGTH,
         'hidden_act': 'quick_gelu', 'layer_norm_eps': 1e-5, 'projection_dim': width,
         'bos_token_id': vocab - 2, 'eos_token_id': vocab - 1, 'pad_token_id': vocab - 1}
-    (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
     weights = {key: w.detach().to('cpu', dtype).contiguous() for key, w in encoder.state_dict().items()}
-    unfinished = folder / 'model.safetensors.tmp'
-    save_file(weights, unfinished, metadata={'format': 'pt'})
-    unfinished.replace(folder / 'model.safetensors')
+    save_file(weights, folder / 'model.safetensors.tmp', metadata={'format': 'pt'})
+    (folder / 'config.json.tmp').write_text(json.dumps(config, indent=2) + '\n')
+    for name in ('model.safetensors', 'config.json'):      # a name appears only once its file is whole
+        (folder / f'{name}.tmp').replace(folder / name)

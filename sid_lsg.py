@@ -52,11 +52,15 @@ import vae as vae_module
 TINY_TEACHER = Path(__file__).resolve().parent / 'tests' / 'tiny_sd'
 
 # ---------------------------------------------------------------------------------------------------
-# Settings. An option left out takes the teacher folder's value (its sid_lsg.json), else the paper's, below.
+# Settings: each field is a command line option. For train, what is left out comes from sid_lsg.json in the
+# teacher's folder if there is one, and else is the paper's, which stands here.
+
+def option(default, help, **more):
+    return field(default=default, metadata={'help': help, **more})
 
 
-def option(default, help):
-    return field(default=default, metadata={'help': help})
+PRECISION = option('fp32', 'fp32, or autocast to bf16 or fp16 over fp32 weights', choices=['fp32', 'bf16', 'fp16'])
+DEVICE = option('', 'cuda, cuda:1, cpu ... (default: cuda if there is one, else cpu)')
 
 
 @dataclass
@@ -64,28 +68,45 @@ class TrainConfig:
     teacher: str = option(str(TINY_TEACHER), 'checkpoint folder in diffusers layout')
     prompts: str = option('', 'text file, one prompt a line (default: prompts.txt in the teacher folder)')
     out: str = option('', 'run folder to make (default: the next free runs/NNN)')
-    device: str = option('', 'cuda, cuda:1, cpu ... (default: cuda if there is one, else cpu)')
-    precision: str = option('fp32', 'fp32, or autocast to bf16 or fp16 over fp32 weights')
+    device: str = DEVICE
+    precision: str = PRECISION
     seed: int = option(0, 'every random draw follows from it')
     size: int = option(0, 'side of the pictures in pixels (default: what the teacher was trained at)')
 
     kappa: tuple = option((1.5,), 'guidance: one number for all (LSG), or three: kappa1, kappa2 = kappa3, kappa4. '
-                                  '1 1 K is long guidance, K 1 1 with K < 1 short, 1 none, 0 0 1 Zero-CFG')
+                          '1 is none, 1 1 K long, K 1 1 with K < 1 short, 0 0 1 Zero-CFG')
     alpha: float = option(1.0, 'alpha of the generator loss')
     t_init: int = option(625, 'step at which the generator works')
     t_min: int = option(20, 'smallest t of the losses')
     t_max: int = option(980, 'largest t of the losses, exclusive')
-    drop: float = option(0.1, 'share of prompts made empty while fake learns (if kappa1 or kappa2 is not 1)')
+    drop: float = option(0.1, 'share of prompts made empty while fake learns, if kappa1 or kappa2 is not 1')
 
     kimg: float = option(10_000.0, 'length of the run in thousand images')
     batch: int = option(512, 'images an iteration')
-    micro_batch: int = option(0, 'images at a time; gradients add up to the whole batch (default: batch)')
+    micro_batch: int = option(0, 'images at a time, whose gradients add up to the batch\'s (default: batch)')
     lr: float = option(1e-6, 'learning rate of the generator')
     fake_lr: float = option(1e-6, 'learning rate of the fake score net')
-    ema_kimg: float = option(50.0, 'half-life of the generator average in thousand images')
+    ema_kimg: float = option(50.0, 'half-life of the generator\'s average in thousand images')
 
-    grid_kimg: float = option(100.0, 'thousand images between picture grids (and saved generators)')
+    grid_kimg: float = option(100.0, 'thousand images between picture grids, with each of which the generator is saved')
     log_seconds: float = option(5.0, 'seconds between status lines')
+
+
+@dataclass
+class SampleConfig:
+    texts: tuple = option((), 'prompts, in quotes')
+    prompts: str = option('', 'text file, one prompt a line, after those on the command line')
+    generator: str = option('', 'run folder or generator folder (default: the newest run in runs/)')
+    teacher: str = option('', 'checkpoint whose VAE and text encoder to use (default: the generator\'s teacher)')
+    seeds: str = option('', 'such as 0-7,42: every prompt with each of them (default: prompt i with seed i)')
+    steps: int = option(1, 'steps of the generator', choices=[1, 2, 4])
+    teacher_steps: int = option(0, 'draw with the teacher itself instead, in so many DDIM steps')
+    kappa: float = option(None, 'guidance of the teacher, with --teacher-steps (default: 1.5)')
+    size: int = option(0, 'side of the pictures in pixels (default: what the generator was trained at)')
+    batch: int = option(8, 'pictures at a time')
+    out: str = option('', 'folder to make (default: the next free samples/NNN)')
+    device: str = DEVICE
+    precision: str = PRECISION
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -172,59 +193,58 @@ def generator_loss(x_g, x_phi, x_psi, alpha):
 
 
 def train(config):
-    """Distil config.teacher; leaves a run folder (see open_run). The whole method is the loop below."""
-    teacher, vae, encode, prompts, out, device = open_run(config)
-    teacher.requires_grad_(False)
+    """Distil config.teacher into a run folder (see open_run). The whole method is the loop below."""
+    teacher, vae, encode, prompts, shape, out, device = open_run(config)
     G, ema, fake = (copy.deepcopy(teacher) for _ in range(3))
-    G.requires_grad_(True)
-    opt_G = torch.optim.Adam(G.parameters(), config.lr, betas=(0.0, 0.999), eps=adam_eps(config))
-    opt_fake = torch.optim.Adam(fake.parameters(), config.fake_lr, betas=(0.0, 0.999), eps=adam_eps(config))
+    G.requires_grad_(True)                      # teacher and ema stay frozen, fake is for half of each iteration
+    adam_eps = 1e-6 if config.precision == 'fp16' else 1e-8
+    opt_G = torch.optim.Adam(G.parameters(), config.lr, betas=(0.0, 0.999), eps=adam_eps, fused=True)
+    opt_fake = torch.optim.Adam(fake.parameters(), config.fake_lr, betas=(0.0, 0.999), eps=adam_eps, fused=True)
     kappa1, kappa2, kappa4 = config.kappa
     drop = config.drop if (kappa1, kappa2) != (1, 1) else 0.0
     null = encode([''])
-    micro_batches = torch.arange(config.batch).split(config.micro_batch)
-    draw = functools.partial(draw_samples, config, prompts, encode, null, latent_shape(config, teacher, vae), device)
+    draw = functools.partial(draw_samples, config, prompts, encode, shape, device)
+    save_progress(config, ema, vae, encode, prompts, shape, out, seen=0)
     log = Log(config, out)
-    save_progress(config, out, ema, vae, encode, prompts, seen=0)
 
-    for iteration in range(math.ceil(config.kimg * 1000 / config.batch)):
-        seen = iteration * config.batch
-
-        # psi-step: the fake score net learns the noise in what the generator makes at present.
+    iterations = math.ceil(config.kimg * 1000 / config.batch)
+    for iteration in range(iterations):
+        # psi-step: the fake score net learns to denoise what the generator makes at present.
         fake.requires_grad_(True)
-        for rows in micro_batches:
+        for rows in torch.arange(config.batch).split(config.micro_batch):
+            share = len(rows) / config.batch
             context, z, t, eps = draw(iteration, 0, rows, drop)
             with autocast(config, device):
-                with torch.no_grad():           # theta gets no gradient from this loss
+                with torch.no_grad():           # no gradient from this loss to the generator
                     x_g = generate(G, z, context, config.t_init)
-                loss_fake = fake_score_loss(fake, x_g, t, eps, context, null, kappa1) * len(rows) / config.batch
+                loss_fake = fake_score_loss(fake, x_g, t, eps, context, null, kappa1) * share
             loss_fake.backward()
             log.add(loss_fake=loss_fake)
-        log.add(grad_fake=step(opt_fake))
-        fake.requires_grad_(False)              # its weights rest, but its INPUT must pass gradients on, as teacher's
+        log.add(grad_fake=update(opt_fake))
 
-        # theta-step: the generator moves so that teacher and fake agree on its pictures.
-        for rows in micro_batches:
+        # theta-step: the generator moves to where fake and teacher restore its pictures alike.
+        fake.requires_grad_(False)              # its weights rest; its INPUT passes gradients on, like the teacher's
+        for rows in torch.arange(config.batch).split(config.micro_batch):
+            share = len(rows) / config.batch
             context, z, t, eps = draw(iteration, 1, rows)
             with autocast(config, device):
                 x_g = generate(G, z, context, config.t_init)
-                x_t = add_noise(x_g, eps, t)    # no detach: the gradient reaches x_g through both nets
+                x_t = add_noise(x_g, eps, t)    # not detached: the gradient reaches x_g through both nets
                 x_psi = predict_x0(guided(fake, x_t, t, context, null, kappa2), x_t, t)
                 x_phi = predict_x0(guided(teacher, x_t, t, context, null, kappa4), x_t, t)
-                loss_G = generator_loss(x_g, x_phi, x_psi, config.alpha) * len(rows) / config.batch
+                loss_G = generator_loss(x_g, x_phi, x_psi, config.alpha) * share
             loss_G.backward()
-            share = len(rows) / config.batch
-            log.add(loss_G=loss_G, xg_xphi=(x_g - x_phi).abs().mean() * share, xphi_xpsi=(x_phi - x_psi).abs().mean() * share)
-        log.add(grad_G=step(opt_G, clip=1.0 if config.precision == 'fp16' else 0.0))
+            log.add(loss_G=loss_G, xg_xphi=(x_g - x_phi).abs().mean() * share,
+                    xphi_xpsi=(x_phi - x_psi).abs().mean() * share)
+        log.add(grad_G=update(opt_G, clip=1.0 if config.precision == 'fp16' else math.inf))
 
-        update_average(ema, G, ema_beta(config, seen))
-        seen += config.batch
-        log.status(seen)
-        if due(config.grid_kimg, seen, config.batch):
-            save_progress(config, out, ema, vae, encode, prompts, seen)
+        # The average is what is drawn with, scored and released.
+        seen, last = (iteration + 1) * config.batch, iteration == iterations - 1
+        update_average(ema, G, ema_beta(config, iteration * config.batch))
+        log.status(seen, last)
+        if last or crosses(config.grid_kimg * 1000, seen, config.batch):
+            save_progress(config, ema, vae, encode, prompts, shape, out, seen)
 
-    log.status(seen, last=True)
-    save_progress(config, out, ema, vae, encode, prompts, seen)
     print(f'The generator is in {out}/generator, its pictures from first to last in {out}/grid_*.png. Try it:\n'
           f'    python sid_lsg.py sample --generator {out} "{prompts[0]}"')
 
@@ -233,23 +253,19 @@ def train(config):
 # What train() calls besides the method
 
 def autocast(config, device):
-    dtype = torch.float16 if config.precision == 'fp16' else torch.bfloat16
+    dtype = {'fp32': torch.bfloat16, 'bf16': torch.bfloat16, 'fp16': torch.float16}[config.precision]
     return torch.autocast(device.type, dtype, enabled=config.precision != 'fp32')
 
 
-def adam_eps(config):
-    return 1e-6 if config.precision == 'fp16' else 1e-8     # the published runs' (facts: 1e-8 vanishes in fp16)
+def update(optimizer, clip=math.inf):
+    """One optimizer step; returns the norm of the gradients as they came. Clears them.
 
-
-def step(optimizer, clip=0.0):
-    """One update from finite gradients, clipped element by element if clip > 0. Returns their norm before clipping.
-
-    NaN becomes 0 and infinity 1e5, as the official loop has it; clipping at 1 is what kept its fp16 runs alive."""
+    As in the official loop, a NaN becomes 0 and an infinity 1e5; `clip` bounds every element, at 1 in fp16."""
     parameters = optimizer.param_groups[0]['params']
     for p in parameters:
         torch.nan_to_num_(p.grad, nan=0.0, posinf=1e5, neginf=-1e5)
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-    if clip:
+    if clip < math.inf:
         torch.nn.utils.clip_grad_value_(parameters, clip)
     optimizer.step()
     optimizer.zero_grad()
@@ -257,7 +273,7 @@ def step(optimizer, clip=0.0):
 
 
 def ema_beta(config, seen):
-    """Weight of the old average after `seen` images: half-life ema_kimg, at most a twentieth of what was seen (EDM)."""
+    """Weight of the old average when `seen` images lie behind: half-life ema_kimg, at first a twentieth of `seen`."""
     halflife = min(config.ema_kimg * 1000, seen * 0.05)
     return 0.5 ** (config.batch / max(halflife, 1e-8))
 
@@ -268,9 +284,9 @@ def update_average(ema, G, beta):
         average.lerp_(parameter, 1 - beta)
 
 
-def due(every_kimg, seen, batch):
-    """Whether the last `batch` of the `seen` images crossed a multiple of every_kimg thousand."""
-    return seen // (every_kimg * 1000) > (seen - batch) // (every_kimg * 1000)
+def crosses(every, seen, batch):
+    """Whether the last `batch` of the `seen` images crossed a multiple of `every`."""
+    return seen // every > (seen - batch) // every
 
 
 @functools.lru_cache(maxsize=2)
@@ -278,85 +294,127 @@ def epoch_order(seed, epoch, count):
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 
-def draw_samples(config, prompts, encode, null, shape, device, iteration, half, rows, drop=0.0):
-    """Prompts, z, t and eps for `rows` of the batch of one half-iteration: context, z, t, eps on the device.
+def draw_samples(config, prompts, encode, shape, device, iteration, half, rows, drop=0.0):
+    """context, z, t and eps for `rows` of the batch of one half (0 psi, 1 theta) of an iteration, on the device.
 
-    Sample i depends on (seed, iteration, half, i) alone, not on micro-batch or device; prompts come without
-    replacement, epoch by epoch, a new order each."""
-    texts, draws = [], []
+    Sample i depends on (seed, iteration, half, i) alone, neither on micro-batch nor device. Prompts come without
+    replacement, each epoch in a new order; a share `drop` of them becomes ''."""
+    texts, steps, noise = [], [], []
     for i in rows.tolist():
-        epoch, place = divmod((2 * iteration + half) * config.batch + i, len(prompts))
         rng = np.random.default_rng((config.seed, iteration, half, i))
-        texts.append('' if rng.random() < drop else prompts[epoch_order(config.seed, epoch, len(prompts))[place]])
-        t = rng.integers(config.t_min, config.t_max)
-        draws.append((t, rng.standard_normal((2, *shape), dtype=np.float32)))
-    noise = torch.from_numpy(np.stack([pair for _, pair in draws])).to(device)
-    return encode(texts), noise[:, 0], torch.tensor([int(t) for t, _ in draws], device=device), noise[:, 1]
+        epoch, place = divmod((2 * iteration + half) * config.batch + i, len(prompts))
+        text = prompts[epoch_order(config.seed, epoch, len(prompts))[place]]
+        texts.append('' if rng.random() < drop else text)
+        steps.append(int(rng.integers(config.t_min, config.t_max)))
+        noise.append(rng.standard_normal((2, *shape), dtype=np.float32))
+    z, eps = torch.from_numpy(np.stack(noise, axis=1)).to(device)
+    return encode(texts), z, torch.tensor(steps, device=device), eps
 
 
 class Log:
-    """One row an iteration in log.jsonl, a status line every few seconds. Values stay on the device until then,
-    so that no iteration waits for a number."""
+    """A row of log.jsonl for each iteration and a status line every few seconds.
+
+    Numbers stay on the device until a status line is due, so that no iteration waits for one."""
 
     def __init__(self, config, out):
         self.config, self.file = config, out / 'log.jsonl'
-        self.row, self.rows = {}, []
+        self.row, self.waiting = {}, []
         self.began = self.printed = time.time()
 
     def add(self, **values):
+        """Add to this iteration's numbers; what micro-batches give sums up."""
         for name, value in values.items():
             self.row[name] = self.row.get(name, 0) + value.detach()
 
-    def status(self, seen, last=False):
-        self.rows.append((seen, time.time() - self.began, self.row))
+    def status(self, seen, last):
+        """End the iteration after which `seen` images lie behind."""
+        self.waiting.append(dict(images=seen, seconds=time.time() - self.began, **self.row))
         self.row = {}
         if not last and time.time() - self.printed < self.config.log_seconds:
             return
         self.printed = time.time()
-        rows = [dict(images=n, seconds=round(s, 2), **{k: float(f'{v.item():.6g}') for k, v in row.items()})
-                for n, s, row in self.rows if row]
-        with open(self.file, 'a') as file:
+        rows = [{name: value if isinstance(value, int) else float(f'{float(value):.6g}') for name, value in row.items()}
+                for row in self.waiting]
+        self.waiting = []
+        with open(self.file, 'a', encoding='utf-8') as file:
             file.writelines(json.dumps(row) + '\n' for row in rows)
-        self.rows = []
-        if not rows:
-            return
-        elapsed, total = time.time() - self.began, self.config.kimg * 1000
-        mean = {k: sum(row[k] for row in rows) / len(rows) for k in rows[0]}
-        print(f'{seen / 1000:9.2f}k images  {elapsed / seen * 1000:6.1f} s/k  {clock(elapsed / seen * max(total - seen, 0))} '
-              f'left  loss fake {mean["loss_fake"]:8.2f}  G {mean["loss_G"]:8.2f}  |xg-xphi| {mean["xg_xphi"]:.4f}  '
-              f'|xphi-xpsi| {mean["xphi_xpsi"]:.4f}  grad fake {mean["grad_fake"]:8.2f}  G {mean["grad_G"]:8.2f}', flush=True)
+        pace = (self.printed - self.began) / seen
+        mean = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+        print(f'{seen:8d} images  {pace * 1000:6.1f} s per 1,000  '
+              f'{clock(pace * max(self.config.kimg * 1000 - seen, 0))} left  '
+              f'loss fake {mean["loss_fake"]:7.1f} G {mean["loss_G"]:7.1f}  '
+              f'|xg-xphi| {mean["xg_xphi"]:.3f} |xphi-xpsi| {mean["xphi_xpsi"]:.3f}  '
+              f'grad fake {mean["grad_fake"]:6.1f} G {mean["grad_G"]:6.1f}', flush=True)
 
 
 def clock(seconds):
     return f'{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}'
 
 
-def save_progress(config, out, ema, vae, encode, prompts, seen):
-    """grid_*.png from 16 fixed seeds and prompts, and the averaged generator as a folder that diffusers opens."""
+@torch.no_grad()
+def save_progress(config, ema, vae, encode, prompts, shape, out, seen):
+    """A grid from 16 fixed seeds and prompts, and the averaged generator as a folder that diffusers opens."""
     texts = prompts[::max(1, len(prompts) // 16)][:16]
-    with torch.no_grad(), autocast(config, ema.conv_in.weight.device):
-        shape = latent_shape(config, ema, vae)
-        images = [draw_pictures(lambda z, fresh, c: generate(ema, z, c, config.t_init), vae, encode([text]), [seed], shape)[0]
-                  for seed, text in enumerate(texts)]
+    with autocast(config, ema.conv_in.weight.device):
+        images = [draw_pictures(lambda z, fresh, c: generate(ema, z, c, config.t_init), vae, encode([text]), [i], shape)[0]
+                  for i, text in enumerate(texts)]
     save_png(make_grid(images, texts, 4), out / f'grid_{seen:09d}.png')
     if seen:
         unet.save(ema, out / 'generator' / 'unet')
-        facts = dict(teacher=config.teacher, t_init=config.t_init, size=shape[1] * vae.factor, images=seen)
+        facts = dict(teacher=str(Path(config.teacher).resolve()), t_init=config.t_init, size=shape[1] * vae.factor, images=seen)
         write_text(out / 'generator' / 'generator.json', json.dumps(facts, indent=2) + '\n')
 
 
 # ---------------------------------------------------------------------------------------------------
 # Pictures
 
-def to_uint8(images):
-    """(B, 3, H, W) in about [-1, 1] -> numpy uint8 (B, H, W, 3), by the official code's rule: x 127.5 + 128, cut off."""
-    return (images.float() * 127.5 + 128).clip(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+@torch.no_grad()
+def sample(config):
+    """Pictures of every prompt with every seed (without seeds: prompt i with seed i) in a folder; their paths to stdout."""
+    net, vae, encode, jobs, shape, facts, out, device = open_sample(config)
+    null = encode([''])
+
+    def make(z, fresh, context):
+        if config.teacher_steps:
+            return ddim(net, z, context, null, config.kappa, config.teacher_steps)
+        return generate(net, z, context, facts['t_init'], config.steps, fresh)
+
+    began = printed = time.time()
+    shown = []
+    for first in range(0, len(jobs), config.batch):
+        texts, seeds = zip(*jobs[first:first + config.batch])
+        with autocast(config, device):
+            images = draw_pictures(make, vae, encode(texts), seeds, shape)
+        for i, image in enumerate(images):
+            path = out / f'{first + i:06d}.png'
+            save_png(image, path, prompt=texts[i], seed=seeds[i], **facts)
+            print(path, flush=True)
+        shown += list(images[:64 - len(shown)])
+        done = first + len(images)
+        if time.time() - printed > 5 and done < len(jobs):
+            printed, pace = time.time(), (time.time() - began) / done
+            print(f'{done} of {len(jobs)} pictures, {1 / pace:.1f} a second, {clock(pace * (len(jobs) - done))} left',
+                  file=sys.stderr)
+    columns = min(8, len(parse_seeds(config.seeds)) if config.seeds else math.ceil(len(shown) ** 0.5))
+    save_png(make_grid(shown, [f'{text} [{seed}]' for text, seed in jobs], columns), out / 'grid.png')
+    print(out / 'grid.png')
+
+
+def draw_pictures(make, vae, context, seeds, shape):
+    """uint8 (B, H, W, 3) of the latents make(z, fresh, context), picture i's noise from a generator seeded seeds[i].
+
+    The noise is the CPU's, so a picture depends on its prompt and seed and not on neighbours, batch or device."""
+    sources = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def fresh(_=None):
+        return torch.stack([torch.randn(shape, generator=source) for source in sources]).to(context.device)
+    return to_uint8(vae.decode(make(fresh(), fresh, context)))
 
 
 def ddim(net, z, context, null, kappa, steps):
     """The teacher's own sampler, for comparison: deterministic DDIM (arXiv 2010.02502), x_0 (B, 4, H, W) from z.
 
-    Its steps are diffusers' for SD: t = 1 + i (1000 // steps), and the last one ends at t = 0, not beyond."""
+    Its steps are those of diffusers for SD: t = 1 + i (1000 // steps), and the last ends at t = 0, not beyond."""
     stride, x = 1000 // steps, z
     for i in reversed(range(steps)):
         t = torch.full((len(z),), 1 + i * stride, device=z.device)
@@ -365,18 +423,13 @@ def ddim(net, z, context, null, kappa, steps):
     return x
 
 
-def draw_pictures(make, vae, context, seeds, shape):
-    """uint8 pictures (B, H, W, 3) of make(z, fresh, context), the noise of each from a CPU generator of its own seed."""
-    device = context.device
-    sources = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    def fresh(_=None):
-        return torch.stack([torch.randn(shape, generator=source) for source in sources]).to(device)
-    return to_uint8(vae.decode(make(fresh(), fresh, context)))
+def to_uint8(images):
+    """(B, 3, H, W), about [-1, 1], -> numpy uint8 (B, H, W, 3) as the official generate_onestep.py 300: x 127.5 + 128, cut."""
+    return (images.float() * 127.5 + 128).clip(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def save_png(image, path, **text):
-    """Write a picture (array or Image) under a temporary name, then rename it; `text` goes into its text chunks."""
+    """Write an array or Image under a temporary name, then rename it; `text` goes into the file's text chunks."""
     info = PngInfo()
     for key, value in text.items():
         info.add_text(key, str(value))
@@ -391,80 +444,36 @@ def write_text(path, text):
 
 
 def make_grid(images, labels, columns):
-    """One picture of all, each over its label. Small pictures are enlarged without smoothing, to 128 pixels or more."""
-    side = images[0].shape[0]
-    cell, font, lines = side * max(1, math.ceil(128 / side)), ImageFont.load_default(11), 4
-    rows = math.ceil(len(images) / columns)
-    sheet = Image.new('RGB', (columns * (cell + 8) + 8, rows * (cell + 8 + 13 * lines) + 8), 'white')
+    """All pictures in one, each over its label; small ones enlarged, without smoothing, to 128 pixels or more."""
+    side, lines, font = images[0].shape[0], 4, ImageFont.load_default(11)
+    cell = side * math.ceil(128 / side)
+    wide, high = cell + 8, cell + 8 + 13 * lines
+    sheet = Image.new('RGB', (columns * wide + 8, math.ceil(len(images) / columns) * high + 8), 'white')
     pen = ImageDraw.Draw(sheet)
     for i, (image, label) in enumerate(zip(images, labels)):
-        x, y = 8 + i % columns * (cell + 8), 8 + i // columns * (cell + 8 + 13 * lines)
+        x, y = 8 + i % columns * wide, 8 + i // columns * high
         sheet.paste(Image.fromarray(image).resize((cell, cell), Image.NEAREST), (x, y))
         words = textwrap.wrap(label, cell // 6, max_lines=lines, placeholder=' ...')
         pen.multiline_text((x, y + cell), '\n'.join(words), 'black', font, spacing=2)
     return sheet
 
 
-@torch.no_grad()
-def sample(config):
-    """Pictures of every prompt with every seed (without --seeds: prompt i with seed i) into a folder; paths to stdout."""
-    net, vae, encode, jobs, out, shape, facts, device = open_sample(config)
-    null = encode([''])
-
-    def make(z, fresh, context):
-        if config.teacher_steps:
-            return ddim(net, z, context, null, facts['kappa'], config.teacher_steps)
-        return generate(net, z, context, facts['t_init'], config.steps, fresh)
-
-    began = printed = time.time()
-    shown = []
-    for first in range(0, len(jobs), config.batch):
-        texts, seeds = zip(*jobs[first:first + config.batch])
-        with autocast(config, device):
-            images = draw_pictures(make, vae, encode(texts), seeds, shape)
-        for i, image in enumerate(images, start=first):
-            path = out / f'{i:06d}.png'
-            save_png(image, path, prompt=jobs[i][0], seed=jobs[i][1], **facts)
-            print(path, flush=True)
-            if len(shown) < 64:
-                shown.append(image)
-        done = first + len(images)
-        if time.time() - printed > 5 and done < len(jobs):
-            printed, pace = time.time(), (time.time() - began) / done
-            print(f'{done} / {len(jobs)} pictures, {1 / pace:.1f} a second, {clock(pace * (len(jobs) - done))} left', file=sys.stderr)
-    labels = [f'{text} [{seed}]' for text, seed in jobs]
-    columns = min(8, len(parse_seeds(config.seeds)) if config.seeds else math.ceil(len(shown) ** 0.5))
-    save_png(make_grid(shown, labels, columns), out / 'grid.png')
-    print(out / 'grid.png')
-
-
-@dataclass
-class SampleConfig:
-    prompts_file: str = option('', 'text file, one prompt a line, beside or instead of those on the command line')
-    generator: str = option('', 'run folder or generator folder (default: the newest run in runs/)')
-    teacher: str = option('', 'checkpoint with the VAE and text encoder (default: the one the generator was distilled from)')
-    seeds: str = option('', 'such as 0-7,42: every prompt with each of them (default: prompt i with seed i)')
-    steps: int = option(1, 'steps of the generator: 1, 2 or 4')
-    teacher_steps: int = option(0, 'draw with the teacher itself instead, in so many DDIM steps')
-    kappa: float = option(math.nan, 'guidance of the teacher, with --teacher-steps (default: 1.5)')
-    size: int = option(0, 'side of the pictures in pixels (default: what the generator was trained at)')
-    batch: int = option(8, 'pictures at a time')
-    out: str = option('', 'folder to make (default: the next free samples/NNN)')
-    device: str = option('', 'cuda, cuda:1, cpu ... (default: cuda if there is one, else cpu)')
-    precision: str = option('fp32', 'fp32, or autocast to bf16 or fp16')
-
-
 # ---------------------------------------------------------------------------------------------------
-# The door: everything the user can get wrong is found here, before any work, and answered in one sentence
+# The door: what a user can get wrong is found here, before any work, and answered in one sentence
 
 @contextlib.contextmanager
 def user_errors():
-    """Turns what is wrong with files and settings into a sentence and exit code 2; only for opening, not for running."""
+    """Turns what is wrong with files and settings into a sentence and exit code 2; around opening, never around running."""
     try:
         yield
     except (ValueError, OSError) as error:
         print(f'sid_lsg: {error}', file=sys.stderr)
         sys.exit(2)
+
+
+def check(condition, sentence):
+    if not condition:
+        raise ValueError(sentence)
 
 
 def choose_device(name):
@@ -473,191 +482,180 @@ def choose_device(name):
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f'expected a device such as cuda, cuda:1 or cpu, got --device {name}') from None
-    if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f'--device {name} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices; '
-                         'leave --device out to run on the CPU, or install a CUDA build of torch')
-    if device.type == 'cuda':       # fp32 means fp32: the published runs had TF32 off, torch's default has it on in convolutions
-        torch.backends.cudnn.allow_tf32 = False
+    check(device.type != 'cuda' or (device.index or 0) < torch.cuda.device_count(),
+          f'--device {name} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices; '
+          'leave --device out to use what is there, or install a CUDA build of torch')
+    torch.backends.cudnn.allow_tf32 = False     # fp32 is fp32, as in the published runs; torch's default is TF32 in convolutions
     return device
 
 
 def load_parts(path, device):
     """The VAE and `encode` of a checkpoint folder: encode(list of B str) -> context (B, 77, D) on the device."""
     vae, tokenizer, text = vae_module.load(path), clip_text.load_tokenizer(path), clip_text.load(path)
-    vae.to(device).requires_grad_(False), text.to(device).requires_grad_(False)
+    vae.to(device).requires_grad_(False), text.to(device)
 
+    @torch.no_grad()
     def encode(texts):
         return text(tokenizer(texts).to(device))
-    encode.lost = tokenizer.lost
-    return vae, encode
+    return vae, encode, tokenizer
 
 
-def read_prompts(path, encode):
-    """The prompts of a text file, one a line, outer blanks and empty lines dropped."""
+def read_prompts(path, tokenizer):
+    """The prompts of a text file, one a line, without outer blanks and empty lines."""
     try:
-        text = Path(path).read_text(encoding='utf-8')
-    except UnicodeDecodeError as error:
-        raise ValueError(f'expected UTF-8 text, one prompt a line, in {path}; {error}') from None
+        lines = Path(path).read_text(encoding='utf-8').split('\n')
+    except UnicodeDecodeError:
+        raise ValueError(f'expected UTF-8 text, one prompt a line, in {path}; found bytes that are none') from None
     except OSError as error:
-        raise ValueError(f'expected a text file of prompts, one a line, at {path}: {error.strerror}') from None
-    prompts = [line.strip() for line in text.split('\n') if line.strip()]
-    if not prompts:
-        raise ValueError(f'expected one prompt a line in {path}, found none')
-    warn_of_cuts(prompts, encode)
+        raise ValueError(f'expected a text file, one prompt a line, at {path}: {error.strerror}; '
+                         'give one with --prompts') from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    check(prompts, f'expected one prompt a line in {path}, found none')
+    warn_of_cuts(prompts, tokenizer)
     return prompts
 
 
-def warn_of_cuts(prompts, encode):
-    cut = [(p, encode.lost(p)) for p in prompts if len(p) > clip_text.LENGTH - 2]    # fewer characters cannot be more tokens
-    cut = [(p, lost) for p, lost in cut if lost]
+def warn_of_cuts(prompts, tokenizer):
+    """Say on stderr which prompts do not fit into CLIP's 77 positions, and what of them is lost."""
+    long = [prompt for prompt in prompts if len(prompt) > clip_text.LENGTH - 2]     # a token is a character at least
+    cut = [(prompt, lost) for prompt in long if (lost := tokenizer.lost(prompt))]
     for prompt, lost in cut[:3]:
-        print(f'warning: cut to {clip_text.LENGTH} tokens: "{textwrap.shorten(prompt, 60)}" loses "... {lost}"', file=sys.stderr)
+        print(f'warning: "{textwrap.shorten(prompt, 60)}" is longer than {clip_text.LENGTH} tokens, this is cut: "{lost}"',
+              file=sys.stderr)
     if len(cut) > 3:
-        print(f'warning: {len(cut) - 3} more prompts are longer than {clip_text.LENGTH} tokens and cut', file=sys.stderr)
+        print(f'warning: {len(cut) - 3} more prompts are longer than {clip_text.LENGTH} tokens and are cut', file=sys.stderr)
 
 
-def next_folder(given, parent, holds):
-    """The folder to write: `given`, refused if something in it matches `holds`, or the next free parent/NNN."""
-    if given:
-        if any(Path(given).glob(holds)):
-            raise ValueError(f'{given} already holds {holds}; nothing was overwritten: give another --out, or remove it')
-        return Path(given)
-    taken = [int(p.name) for p in Path(parent).glob('[0-9][0-9][0-9]*') if p.name.isdigit()]
-    return Path(parent) / f'{max(taken, default=-1) + 1:03d}'
+def new_folder(given, parent, pattern):
+    """The folder to write: `given` unless files in it match `pattern` already, or the next free parent/NNN."""
+    taken = [int(p.name) for p in Path(parent).glob('[0-9]*') if p.name.isdigit()]
+    folder = Path(given) if given else Path(parent) / f'{max(taken, default=-1) + 1:03d}'
+    check(not any(folder.glob(pattern)),
+          f'expected a new folder for --out, found {pattern} in {folder}; nothing was overwritten, give another')
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
-def latent_shape(config, net, vae):
-    """(4, h, w) for config.size pixels, or for what the net was trained at where that is 0."""
-    size, factor = config.size or net.sample_size * vae.factor, vae.factor * 2 ** (len(net.down_blocks) - 1)
-    if size <= 0 or size % factor:
-        raise ValueError(f'--size {size} is not a multiple of {factor}, the VAE\'s factor {vae.factor} times the '
-                         f'UNet\'s {factor // vae.factor}; try {max(1, round(size / factor)) * factor}')
+def latent_shape(size, net, vae):
+    """(4, h, w) of the latents for pictures `size` pixels wide, or for what the net was trained at if size is 0."""
+    size, below = size or net.sample_size * vae.factor, 2 ** (len(net.down_blocks) - 1)
+    check(size > 0 and size % (vae.factor * below) == 0,
+          f'expected --size to be a multiple of {vae.factor * below}, the VAE\'s factor {vae.factor} times the '
+          f'UNet\'s {below}, got {size}')
     return 4, size // vae.factor, size // vae.factor
 
 
-def check(condition, sentence):
-    if not condition:
-        raise ValueError(sentence)
-
-
 def open_run(config):
-    """Checks every setting, loads the teacher, makes the run folder. Returns what train() works on.
+    """Check every setting, load the teacher and its parts, make the run folder; what train() works on.
 
     The folder: config.json (settings), log.jsonl, grid_*.png, generator/unet (diffusers layout) and generator.json."""
     with user_errors():
-        config.kappa = tuple(config.kappa) * (3 if len(config.kappa) == 1 else 1)
+        config.kappa = tuple(np.atleast_1d(config.kappa).tolist())
+        config.kappa *= 3 if len(config.kappa) == 1 else 1
+        check(len(config.kappa) == 3, 'expected --kappa with one number, or three (kappa1, kappa2 = kappa3, kappa4), '
+                                      f'got {len(config.kappa)}')
         config.micro_batch = config.micro_batch or config.batch
-        check(len(config.kappa) == 3, f'--kappa takes one number, or three (kappa1, kappa2 = kappa3, kappa4), got {len(config.kappa)}')
-        check(config.batch > 0 and config.micro_batch > 0 and config.batch % config.micro_batch == 0,
-              f'--batch {config.batch} is not a multiple of --micro-batch {config.micro_batch}')
-        check(config.precision in ('fp32', 'bf16', 'fp16'), f'--precision is fp32, bf16 or fp16, got {config.precision}')
-        check(0 <= config.t_min < config.t_max <= 1000, f'steps lie in 0 ... 999, got --t-min {config.t_min} --t-max {config.t_max}')
-        check(0 <= config.t_init < 1000, f'steps lie in 0 ... 999, got --t-init {config.t_init}')
-        check(0 <= config.drop <= 1, f'--drop is a share between 0 and 1, got {config.drop}')
-        check(config.kimg > 0 and config.grid_kimg > 0, 'expected --kimg and --grid-kimg above 0')
+        check(min(config.batch, config.micro_batch) > 0 and config.batch % config.micro_batch == 0,
+              f'expected --batch to be a multiple of --micro-batch, got {config.batch} and {config.micro_batch}')
+        check(0 <= config.t_min < config.t_max <= 1000 and 0 <= config.t_init < 1000,
+              f'steps lie in 0 ... 999 and --t-min below --t-max, got --t-min {config.t_min} --t-max {config.t_max} '
+              f'--t-init {config.t_init}')
+        check(0 <= config.drop <= 1, f'expected --drop to be a share from 0 to 1, got {config.drop}')
+        check(min(config.kimg, config.grid_kimg) > 0, 'expected --kimg and --grid-kimg above 0')
         device = choose_device(config.device)
-        teacher = unet.load(config.teacher).to(device)
-        vae, encode = load_parts(config.teacher, device)
-        with torch.no_grad():       # the text encoder's output is data here
-            latent_shape(config, teacher, vae)
-        prompts = config.prompts or Path(config.teacher) / 'prompts.txt'
-        check(Path(prompts).is_file(), f'expected a text file of prompts, one a line, at {prompts}; give --prompts FILE')
-        prompts = read_prompts(prompts, encode)
-        out = next_folder(config.out, 'runs', 'config.json')
-        out.mkdir(parents=True, exist_ok=True)
+        teacher = unet.load(config.teacher).to(device).requires_grad_(False)
+        vae, encode, tokenizer = load_parts(config.teacher, device)
+        shape = latent_shape(config.size, teacher, vae)
+        prompts = read_prompts(config.prompts or Path(config.teacher) / 'prompts.txt', tokenizer)
+        out = new_folder(config.out, 'runs', 'config.json')
         write_text(out / 'config.json', json.dumps(asdict(config), indent=2) + '\n')
-    weights = sum(p.numel() for p in teacher.parameters())
-    print(f'Distilling {config.teacher} ({weights / 1e6:.1f} M weights) with kappa {config.kappa} on {device} in {config.precision}, '
-          f'{len(prompts)} prompts, {config.kimg:g}k images, into {out}', flush=True)
-    return teacher, vae, torch.no_grad()(encode), prompts, out, device
-
-
-def newest_generator():
-    found = sorted(Path('runs').glob('*/generator/generator.json'), key=lambda p: p.stat().st_mtime)
-    check(found, 'found no generator under runs/; run `python sid_lsg.py train` first, or give --generator FOLDER, '
-                 'or --teacher-steps 25 to see the teacher itself')
-    return found[-1].parent
+    print(f'Distilling {config.teacher} ({sum(p.numel() for p in teacher.parameters()) / 1e6:.1f} M weights) into {out} on '
+          f'{device} in {config.precision}: kappa {config.kappa}, {len(prompts)} prompts, {config.kimg:g} thousand images', flush=True)
+    return teacher, vae, encode, prompts, shape, out, device
 
 
 def parse_seeds(text):
     """'0-7,42' -> [0, 1, ... 7, 42]"""
     seeds = []
     for part in text.split(','):
-        first, _, last = part.strip().partition('-')
-        check(first.isdecimal() and (last.isdecimal() or not _), f'--seeds takes numbers and ranges such as 0-7,42, got {text}')
+        first, dash, last = part.strip().partition('-')
+        check(first.isdecimal() and (last.isdecimal() or not dash),
+              f'expected --seeds as numbers and ranges such as 0-7,42, got {text}')
         seeds += range(int(first), int(last or first) + 1)
     return seeds
 
 
+def open_generator(config):
+    """The folder of the generator to draw with and what its generator.json says; settles config.teacher and config.size."""
+    newest = sorted(Path('runs').glob('*/generator'), key=lambda folder: folder.stat().st_mtime)
+    check(config.generator or newest, 'expected a trained generator, found none under runs/; run `python sid_lsg.py train` '
+                                      'first, give --generator FOLDER, or --teacher-steps 25 for the teacher itself')
+    folder = Path(config.generator or newest[-1])
+    folder = folder / 'generator' if (folder / 'generator').is_dir() else folder
+    said = folder / 'generator.json'
+    facts = json.loads(said.read_text(encoding='utf-8')) if said.is_file() else dict(t_init=625)
+    config.teacher = config.teacher or facts.get('teacher')
+    config.size = config.size or facts.get('size', 0)
+    check(config.teacher, f'expected {said} to name the teacher, whose VAE and text encoder are needed; give --teacher FOLDER')
+    return folder, facts
+
+
 def open_sample(config):
-    """Checks every setting, loads the net that draws, makes the folder. Returns what sample() works on."""
+    """Check every setting, load the net that draws and the rest, make the folder; what sample() works on."""
     with user_errors():
-        facts = dict(t_init=625)
+        check(config.batch > 0, f'expected --batch of 1 or more, got {config.batch}')
         if config.teacher_steps:
-            check(0 < config.teacher_steps < 1000, f'--teacher-steps lies in 1 ... 999, got {config.teacher_steps}')
+            check(0 < config.teacher_steps < 1000, f'expected --teacher-steps from 1 to 999, got {config.teacher_steps}')
             check(config.steps == 1 and not config.generator, '--teacher-steps draws with the teacher: leave out --steps and --generator')
-            config.teacher = config.teacher or str(TINY_TEACHER)
-            source = config.teacher
-            facts = dict(teacher_steps=config.teacher_steps, kappa=1.5 if math.isnan(config.kappa) else config.kappa)
+            folder = config.teacher = config.teacher or str(TINY_TEACHER)
+            config.kappa = 1.5 if config.kappa is None else config.kappa
+            facts = dict(generator=folder, teacher_steps=config.teacher_steps, kappa=config.kappa)
         else:
-            check(math.isnan(config.kappa), '--kappa guides the teacher (--teacher-steps N); a one-step generator has its guidance built in')
-            check(config.steps in (1, 2, 4), f'--steps is 1, 2 or 4, got {config.steps}')
-            source = Path(config.generator) if config.generator else newest_generator()
-            source = source / 'generator' if (source / 'generator').is_dir() else source
-            if (source / 'generator.json').is_file():
-                facts = json.loads((source / 'generator.json').read_text(encoding='utf-8'))
-                config.teacher = config.teacher or facts['teacher']
-                config.size = config.size or facts['size']
-            check(config.teacher, f'{source} does not say which teacher it was distilled from (no generator.json); give --teacher FOLDER')
-            facts = dict(t_init=facts['t_init'], steps=config.steps)
-        check(config.batch > 0, f'--batch is 1 or more, got {config.batch}')
-        check(config.precision in ('fp32', 'bf16', 'fp16'), f'--precision is fp32, bf16 or fp16, got {config.precision}')
+            check(config.kappa is None, '--kappa guides the teacher, with --teacher-steps; a one-step generator was trained with its own')
+            folder, facts = open_generator(config)
+            facts = dict(generator=folder, steps=config.steps, t_init=facts['t_init'])
         device = choose_device(config.device)
-        net = unet.load(source).to(device).requires_grad_(False)
-        vae, encode = load_parts(config.teacher, device)
-        shape = latent_shape(config, net, vae)
-        warn_of_cuts(config.texts, encode)
-        texts = config.texts + (read_prompts(config.prompts_file, encode) if config.prompts_file else [])
-        check(texts, 'expected a prompt; give it in quotes, or --prompts FILE')
-        if config.seeds:
-            jobs = [(text, seed) for text in texts for seed in parse_seeds(config.seeds)]
-        else:
-            jobs = [(text, i) for i, text in enumerate(texts)]
-        out = next_folder(config.out, 'samples', '*.png')
-        out.mkdir(parents=True, exist_ok=True)
-    facts['generator'] = source
-    return net, vae, encode, jobs, out, shape, facts, device
+        net = unet.load(folder).to(device).requires_grad_(False)
+        vae, encode, tokenizer = load_parts(config.teacher, device)
+        shape = latent_shape(config.size, net, vae)
+        warn_of_cuts(config.texts, tokenizer)
+        texts = [*config.texts, *(read_prompts(config.prompts, tokenizer) if config.prompts else [])]
+        check(texts, 'expected a prompt, in quotes, or --prompts FILE')
+        seeds = parse_seeds(config.seeds) if config.seeds else None
+        jobs = [(text, seed) for text in texts for seed in seeds] if seeds else [(text, i) for i, text in enumerate(texts)]
+        out = new_folder(config.out, 'samples', '*.png')
+    return net, vae, encode, jobs, shape, facts, out, device
 
 
 def make_config(kind, given):
-    """The dataclass `kind` from the command line's dict; for training, the teacher's sid_lsg.json stands behind it."""
-    beside = Path(given.get('teacher', TINY_TEACHER)) / 'sid_lsg.json'
-    defaults = json.loads(beside.read_text(encoding='utf-8')) if kind is TrainConfig and beside.is_file() else {}
-    unknown = set(defaults) - {f.name for f in fields(kind)}
-    check(not unknown, f'{beside} sets {sorted(unknown)}, which are no settings of train')
-    return kind(**{**defaults, **given})
+    """The dataclass `kind` from the command line's options; for train, the teacher's sid_lsg.json stands behind them."""
+    file = Path(given.get('teacher', TINY_TEACHER)) / 'sid_lsg.json'
+    beside = json.loads(file.read_text(encoding='utf-8')) if kind is TrainConfig and file.is_file() else {}
+    unknown = set(beside) - {f.name for f in fields(kind)}
+    check(not unknown, f'expected settings of train in {file}, found {", ".join(sorted(unknown))}')
+    return kind(**{**beside, **given})
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0], epilog='See `train --help` and `sample --help`.')
-    commands = parser.add_subparsers(dest='command', required=True, metavar='train|sample')
-    for name, kind, text in (('train', TrainConfig, 'distil a teacher into a one-step generator'),
+    parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0], epilog='See train --help and sample --help.')
+    commands = parser.add_subparsers(dest='command', required=True, metavar='train | sample')
+    for name, kind, does in (('train', TrainConfig, 'distil a teacher into a one-step generator'),
                              ('sample', SampleConfig, 'draw pictures with a generator, or with its teacher')):
-        command = commands.add_parser(name, help=text, description=text, argument_default=argparse.SUPPRESS)
-        if name == 'sample':
-            command.add_argument('texts', nargs='*', metavar='PROMPT', help='prompts, in quotes')
+        command = commands.add_parser(name, help=does, description=does, argument_default=argparse.SUPPRESS)
         for f in fields(kind):
-            flag = '--prompts' if f.name == 'prompts_file' else '--' + f.name.replace('_', '-')
-            note = '' if 'default' in f.metadata['help'] or f.default != f.default else \
-                f' (default: {f.default[0] if f.type is tuple else f.default})'
-            command.add_argument(flag, dest=f.name, type=float if f.type is tuple else f.type,
-                                 nargs='+' if f.type is tuple else None, help=f.metadata['help'] + note)
+            text, several = f.metadata['help'], f.type is tuple
+            if f.name == 'texts':
+                command.add_argument('texts', nargs='*', metavar='PROMPT', help=text)
+                continue
+            if '(default' not in text:
+                text += f' (default: {f.default[0] if several else f.default})'
+            command.add_argument('--' + f.name.replace('_', '-'), type=float if several else f.type, help=text,
+                                 nargs='+' if several else None, choices=f.metadata.get('choices'))
     given = vars(parser.parse_args(arguments))
-    command, texts = given.pop('command'), given.pop('texts', [])
+    run, kind = dict(train=(train, TrainConfig), sample=(sample, SampleConfig))[given.pop('command')]
     with user_errors():
-        config = make_config(TrainConfig if command == 'train' else SampleConfig, given)
-    config.texts = texts
-    train(config) if command == 'train' else sample(config)
+        config = make_config(kind, given)
+    run(config)
 
 
 if __name__ == '__main__':

@@ -278,17 +278,18 @@ def load(path):
         if not (folder / name).is_file():
             raise FileNotFoundError(f'expected a UNet folder in diffusers layout at {folder}, found no {name} there; '
                                     'give the folder that holds unet/ or that folder itself')
-    config = json.loads((folder / 'config.json').read_text())
-    with torch.device('meta'):                      # no memory and no random numbers for weights about to be replaced
-        net = UNet(tuple(config['block_out_channels']), config['cross_attention_dim'], config['attention_head_dim'],
-                   config['layers_per_block'], config['norm_num_groups'],
-                   tuple(kind == 'CrossAttnDownBlock2D' for kind in config['down_block_types']))
-    net.sample_size = config.get('sample_size', 64)
     try:
+        config = json.loads((folder / 'config.json').read_text())
+        with torch.device('meta'):          # no memory and no random numbers for weights about to be replaced
+            net = UNet(tuple(config['block_out_channels']), config['cross_attention_dim'], config['attention_head_dim'],
+                       config['layers_per_block'], config['norm_num_groups'],
+                       tuple(kind == 'CrossAttnDownBlock2D' for kind in config['down_block_types']))
+        net.sample_size = config.get('sample_size', 64)
         weights = load_file(folder / 'diffusion_pytorch_model.safetensors')
         net.load_state_dict({key: w.float() for key, w in weights.items()}, strict=True, assign=True)
-    except (RuntimeError, SafetensorError) as error:
-        raise ValueError(f'{folder} does not hold the UNet that its config.json describes: {error}') from None
+    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = ' '.join(f'{type(error).__name__}: {error}'.split())
+        raise ValueError(f'{folder} does not hold the UNet that its config.json describes; {reason}') from None
     return net.eval()
 
 
@@ -307,8 +308,8 @@ def save(net, folder, dtype=torch.float32):
         'up_block_types': ['CrossAttnUpBlock2D' if a else 'UpBlock2D' for a in reversed(attention)],
         'sample_size': net.sample_size, 'flip_sin_to_cos': True, 'freq_shift': 0, 'norm_eps': 1e-5,
         'downsample_padding': 1, 'mid_block_scale_factor': 1, 'center_input_sample': False}
-    (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
     weights = {key: w.detach().to('cpu', dtype).contiguous() for key, w in net.state_dict().items()}
-    unfinished = folder / 'diffusion_pytorch_model.safetensors.tmp'
-    save_file(weights, unfinished, metadata={'format': 'pt'})
-    unfinished.replace(folder / 'diffusion_pytorch_model.safetensors')
+    save_file(weights, folder / 'diffusion_pytorch_model.safetensors.tmp', metadata={'format': 'pt'})
+    (folder / 'config.json.tmp').write_text(json.dumps(config, indent=2) + '\n')
+    for name in ('diffusion_pytorch_model.safetensors', 'config.json'):      # a name appears only once its file is whole
+        (folder / f'{name}.tmp').replace(folder / name)

@@ -197,15 +197,16 @@ def load(path):
         if not (folder / name).is_file():
             raise FileNotFoundError(f'expected a VAE folder in diffusers layout at {folder}, found no {name} there; '
                                     'give the folder that holds vae/ or that folder itself')
-    config = json.loads((folder / 'config.json').read_text())
-    with torch.device('meta'):                      # no memory and no random numbers for weights about to be replaced
-        vae = VAE(tuple(config['block_out_channels']), config['layers_per_block'], config['norm_num_groups'],
-                  config.get('scaling_factor', 0.18215))    # absent from SD 1.5's own config.json
     try:
+        config = json.loads((folder / 'config.json').read_text())
+        with torch.device('meta'):          # no memory and no random numbers for weights about to be replaced
+            vae = VAE(tuple(config['block_out_channels']), config['layers_per_block'], config['norm_num_groups'],
+                      config.get('scaling_factor', 0.18215))        # absent from SD 1.5's own config.json
         weights = load_file(folder / 'diffusion_pytorch_model.safetensors')
         vae.load_state_dict({key: w.float() for key, w in weights.items()}, strict=True, assign=True)
-    except (RuntimeError, SafetensorError) as error:
-        raise ValueError(f'{folder} does not hold the VAE that its config.json describes: {error}') from None
+    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = ' '.join(f'{type(error).__name__}: {error}'.split())
+        raise ValueError(f'{folder} does not hold the VAE that its config.json describes; {reason}') from None
     return vae.eval()
 
 
@@ -219,8 +220,8 @@ def save(vae, folder, dtype=torch.float32):
         'block_out_channels': channels, 'layers_per_block': len(vae.encoder.down_blocks[0].resnets),
         'norm_num_groups': vae.encoder.conv_norm_out.num_groups, 'scaling_factor': vae.scale, 'sample_size': 512,
         'down_block_types': ['DownEncoderBlock2D'] * len(channels), 'up_block_types': ['UpDecoderBlock2D'] * len(channels)}
-    (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
     weights = {key: w.detach().to('cpu', dtype).contiguous() for key, w in vae.state_dict().items()}
-    unfinished = folder / 'diffusion_pytorch_model.safetensors.tmp'
-    save_file(weights, unfinished, metadata={'format': 'pt'})
-    unfinished.replace(folder / 'diffusion_pytorch_model.safetensors')
+    save_file(weights, folder / 'diffusion_pytorch_model.safetensors.tmp', metadata={'format': 'pt'})
+    (folder / 'config.json.tmp').write_text(json.dumps(config, indent=2) + '\n')
+    for name in ('diffusion_pytorch_model.safetensors', 'config.json'):      # a name appears only once its file is whole
+        (folder / f'{name}.tmp').replace(folder / name)

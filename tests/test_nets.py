@@ -94,7 +94,7 @@ def unets(tmp_path_factory):
 
 @pytest.mark.parametrize('t, height, width', [
     (torch.tensor([0, 999, 417]), 16, 24),      # a step of its own for each of the batch, both ends included
-    (torch.tensor([625, 20]), 9, 13),           # odd on two levels: the way up must meet each skip's size
+    (torch.tensor([625, 20]), 9, 13),           # odd sides: the way up must meet each skip's size
     (torch.tensor(625), 16, 8)])                # one step, without a dimension, for all
 def test_unet_equals_diffusers(unets, t, height, width):
     """UNet.forward and its input gradient, on a checkpoint that diffusers wrote."""
@@ -187,6 +187,7 @@ def test_half_precision_file_loads_as_float32(tmp_path, module, make):
     module.save(ours, tmp_path, torch.float16)
     assert {w.dtype for w in load_file(next(tmp_path.glob('*.safetensors'))).values()} == {torch.float16}
     loaded = module.load(tmp_path).state_dict()
+    assert {w.dtype for w in loaded.values()} == {torch.float32}
     assert all(torch.equal(loaded[key], w.half().float()) for key, w in ours.state_dict().items())
     assert not list(tmp_path.glob('*.tmp'))
 

@@ -1,0 +1,91 @@
+"""Score a run of the tiny world against its teacher, on captions that neither was trained on.
+
+    python tests/score_tiny.py runs/000 [--captions 2000] [--kappa 1.5 3]
+
+Prints, for the untouched teacher in one step, the teacher in 25 DDIM steps at each kappa, and the run's generator in
+one step: the share of pictures right in every attribute and in each (tests/tiny_world.py judges pixels, it is no
+network), and the Fréchet distance of their VAE latents to those of as many freshly drawn real pictures.
+"""
+
+import argparse
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import fid
+import make_tiny_sd
+import sid_lsg
+import tiny_world
+import unet
+
+
+def moments(latents):
+    x = latents.flatten(1).double().numpy()
+    return x.mean(0), np.cov(x, rowvar=False)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('runs', nargs='*', metavar='RUN', help='run folders that sid_lsg.py train made')
+    parser.add_argument('--teacher', default=make_tiny_sd.TINY, help='default: %(default)s')
+    parser.add_argument('--captions', type=int, default=2000, help='held-out captions to use, default: %(default)s')
+    parser.add_argument('--kappa', type=float, nargs='*', default=[1.5, 3.0], help='the teacher\'s guidance, default: %(default)s')
+    parser.add_argument('--steps', type=int, default=25, help='the teacher\'s DDIM steps, default: %(default)s')
+    args = parser.parse_args()
+
+    device = sid_lsg.choose_device('')
+    vae, encode, _ = sid_lsg.load_parts(args.teacher, device)
+    teacher = unet.load(args.teacher).to(device)
+    captions = (Path(args.teacher) / 'held_out.txt').read_text().splitlines()[:args.captions]
+    scenes = [tiny_world.scene_of(text) for text in captions]
+    shape, null = sid_lsg.latent_shape(0, teacher, vae), encode([''])
+
+    @torch.no_grad()
+    def draw(make):
+        """Latents and pictures of all captions, caption i with seed i."""
+        latents, pictures = [], []
+        for i in range(0, len(captions), 100):
+            def keep(z, fresh, context):
+                latents.append(make(z, context))
+                return latents[-1]
+            seeds = range(i, i + len(captions[i:i + 100]))
+            pictures.append(sid_lsg.draw_pictures(keep, vae, encode(captions[i:i + 100]), seeds, shape))
+        return torch.cat(latents).cpu(), np.concatenate(pictures)
+
+    real_pictures = tiny_world.pictures(scenes, seed=5)
+    with torch.no_grad():
+        real = torch.cat([vae.encode(x.to(device)) for x in make_tiny_sd.to_net(real_pictures).split(100)]).cpu()
+        kept = np.concatenate([sid_lsg.to_uint8(vae.decode(x.to(device))) for x in real.split(100)])
+        again = torch.cat([vae.encode(x.to(device)) for x in make_tiny_sd.to_net(
+            tiny_world.pictures(scenes, seed=6)).split(100)]).cpu()
+    attributes = ('background', 'count', 'place', 'size', 'color', 'shape')
+    print(f'{len(captions)} held-out captions\n{"":34s} {"right":>6s} {"FD":>7s}  ' + ' '.join(f'{a:>10s}' for a in attributes))
+
+    def report(name, latents, pictures, began):
+        share, each = tiny_world.right(pictures, scenes)
+        distance = fid.frechet_distance(*moments(latents), *moments(real)) if latents is not None else math.nan
+        print(f'{name:34s} {share:6.1%} {distance:7.2f}  ' + ' '.join(f'{each[a]:10.1%}' for a in attributes)
+              + f'   {time.time() - began:.0f} s', flush=True)
+
+    report('drawn pictures', again, real_pictures, time.time())
+    report('the same through the VAE', None, kept, time.time())
+    began = time.time()
+    report('teacher, 1 step', *draw(lambda z, c: sid_lsg.generate(teacher, z, c)), began)
+    for run in args.runs:
+        folder = Path(run) / 'generator'
+        G, began = unet.load(folder).to(device), time.time()
+        report(f'{run}, 1 step', *draw(lambda z, c: sid_lsg.generate(G, z, c)), began)
+    for kappa in args.kappa:
+        began = time.time()
+        report(f'teacher, {args.steps} steps, kappa {kappa:g}',
+               *draw(lambda z, c: sid_lsg.ddim(teacher, z, c, null, kappa, args.steps)), began)
+
+
+if __name__ == '__main__':
+    main()

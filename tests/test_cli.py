@@ -1,0 +1,224 @@
+"""The command line as a user has it: train, then sample, on a teacher of random weights; and what is refused, how."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import clip_text
+import sid_lsg
+import unet
+import vae
+
+ROOT = Path(__file__).parent.parent
+SETTINGS = dict(kimg=0.024, batch=8, lr=1e-3, fake_lr=1e-3, ema_kimg=0.1, grid_kimg=0.016, seed=1)
+
+
+@pytest.fixture(scope='session')
+def teacher(tmp_path_factory):
+    """A checkpoint folder of random weights, a thirtieth of the tiny teacher's size, with settings and prompts beside it."""
+    folder = tmp_path_factory.mktemp('teacher')
+    torch.manual_seed(0)
+    net = unet.UNet((16, 32), context_dim=16, heads=2, layers=1, groups=4, attention=(True, True))
+    net.sample_size = 4
+    unet.save(net, folder / 'unet')
+    vae.save(vae.VAE((8, 8, 16, 16), layers=1, groups=4), folder / 'vae')
+    shutil.copytree(ROOT / 'tests' / 'tiny_sd' / 'tokenizer', folder / 'tokenizer')
+    words = len(json.loads((folder / 'tokenizer' / 'vocab.json').read_text()))
+    clip_text.save(clip_text.TextEncoder(words, width=16, layers=1, heads=2, hidden=32), folder / 'text_encoder')
+    (folder / 'prompts.txt').write_text('\n'.join(f'a red star {i}' for i in range(20)) + '\n\n')
+    (folder / 'sid_lsg.json').write_text(json.dumps(SETTINGS))
+    return folder
+
+
+def command(*arguments, cwd):
+    return subprocess.run([sys.executable, ROOT / 'sid_lsg.py', *map(str, arguments)], cwd=cwd, capture_output=True, text=True)
+
+
+def weights(run):
+    return load_file(Path(run) / 'generator' / 'unet' / 'diffusion_pytorch_model.safetensors')
+
+
+def trained(folder, teacher, **changes):
+    """The weights of a short run in this process with some settings changed."""
+    config = sid_lsg.make_config(sid_lsg.TrainConfig, dict(teacher=str(teacher), out=str(folder), **changes))
+    sid_lsg.train(config)
+    return weights(folder)
+
+
+@pytest.fixture(scope='session')
+def run(teacher, tmp_path_factory):
+    """A folder in which `train` ran once from the command line, and what it printed."""
+    folder = tmp_path_factory.mktemp('work')
+    return folder, command('train', '--teacher', teacher, '--log-seconds', 0, cwd=folder)
+
+
+def test_train_leaves_a_whole_run_folder(run, teacher):
+    folder, result = run
+    assert result.returncode == 0, result.stderr
+    out = folder / 'runs' / '000'
+    assert sorted(p.name for p in out.iterdir()) == [
+        'config.json', 'generator', 'grid_000000000.png', 'grid_000000016.png', 'grid_000000024.png', 'log.jsonl']
+    rows = [json.loads(line) for line in (out / 'log.jsonl').read_text().splitlines()]
+    assert [row['images'] for row in rows] == [8, 16, 24]
+    assert set(rows[0]) == {'images', 'seconds', 'loss_fake', 'grad_fake', 'loss_G', 'xg_xphi', 'xphi_xpsi', 'grad_G'}
+    assert all(np.isfinite(value) for row in rows for value in row.values())
+    settings = json.loads((out / 'config.json').read_text())
+    assert settings['lr'] == SETTINGS['lr'] and settings['kappa'] == [1.5] * 3 and settings['t_init'] == 625
+    assert 'sample --generator runs/000' in result.stdout and '24 images' in result.stdout
+    before = load_file(teacher / 'unet' / 'diffusion_pytorch_model.safetensors')
+    assert all(not torch.equal(w, before[key]) for key, w in weights(out).items() if w.ndim == 4)
+    pixels = [np.asarray(Image.open(out / f'grid_{n:09d}.png')) for n in (0, 16, 24)]
+    assert (pixels[0] != pixels[1]).any() and (pixels[1] != pixels[2]).any()
+
+
+def test_same_seed_same_weights_and_micro_batches_add_up(run, teacher, tmp_path):
+    """Accumulation over micro-batches gives the weights of one batch, up to rounding; another seed does not."""
+    once = weights(run[0] / 'runs' / '000')
+    again, parts = trained(tmp_path / 'a', teacher), trained(tmp_path / 'b', teacher, micro_batch=2)
+    other = trained(tmp_path / 'c', teacher, seed=2)
+    for key, w in once.items():
+        assert torch.equal(again[key], w)
+    # Adam divides by the gradient's own size, so rounding shows most where a gradient is almost zero: compare in the mean.
+    def distance(a):
+        return sum((a[key] - w).abs().sum() for key, w in once.items()).item()
+    assert distance(parts) < 0.02 * distance(other) and distance(other) > 0
+
+
+@pytest.mark.parametrize('changes', [dict(kappa=[0, 0, 1]), dict(kappa=[1]), dict(kappa=[0.5, 1, 1]), dict(precision='bf16'),
+                                     dict(precision='fp16'), dict(alpha=1.2, size=64)])
+def test_every_strategy_and_precision_trains(changes, teacher, tmp_path):
+    before = load_file(teacher / 'unet' / 'diffusion_pytorch_model.safetensors')
+    after = trained(tmp_path / 'run', teacher, kimg=0.008, **changes)
+    assert all(w.isfinite().all() and w.dtype == torch.float32 for w in after.values())
+    assert not torch.equal(after['conv_in.weight'], before['conv_in.weight'])
+
+
+def test_sample_takes_the_newest_run_and_labels_its_pictures(run):
+    folder, _ = run
+    prompt = 'a red star above a blue ring on a black background'
+    result = command('sample', prompt, 'ünï', '--seeds', '0-1,7', '--out', 'pictures', cwd=folder)
+    assert result.returncode == 0, result.stderr
+    names = [f'pictures/{i:06d}.png' for i in range(6)] + ['pictures/grid.png']
+    assert result.stdout.split() == names and result.stderr == ''
+    first, last = Image.open(folder / names[1]), Image.open(folder / names[5])
+    assert first.size == (32, 32) and first.text['prompt'] == prompt and first.text['seed'] == '1'
+    assert last.text['prompt'] == 'ünï' and last.text['seed'] == '7' and last.text['generator'].startswith('runs/000')
+    assert not list(folder.glob('pictures/*.tmp'))
+    again = command('sample', prompt, '--out', 'pictures', cwd=folder)
+    assert again.returncode == 2 and 'nothing was overwritten' in again.stderr
+
+
+def test_a_picture_depends_on_its_prompt_and_seed_alone(run):
+    """Not on its neighbours, nor (up to the rounding of one level) on the batch size; multi-step noise included."""
+    folder, _ = run
+
+    def pixels(name, *arguments):
+        result = command('sample', *arguments, '--steps', 2, '--out', name, cwd=folder)
+        assert result.returncode == 0, result.stderr
+        return [np.asarray(Image.open(p)).astype(int) for p in sorted(folder.glob(f'{name}/0*.png'))]
+    together = pixels('p1', 'a red star 1', 'a blue ring', '--seeds', '3-5')
+    alone = pixels('p2', 'a blue ring', '--seeds', '4')
+    single = pixels('p3', 'a red star 1', 'a blue ring', '--seeds', '3-5', '--batch', 1)
+    assert abs(alone[0] - together[4]).max() <= 1
+    assert max(abs(a - b).max() for a, b in zip(together, single)) <= 1
+    assert abs(together[3] - together[4]).max() > 1
+
+
+def test_sample_draws_with_the_teacher_and_from_a_file(run, teacher):
+    folder, _ = run
+    (folder / 'some.txt').write_text('a red star 1\n\na blue ring\n')
+    result = command('sample', '--prompts', 'some.txt', '--teacher', teacher, '--teacher-steps', 3, '--kappa', 2, '--out', 'drawn',
+                     cwd=folder)
+    assert result.returncode == 0, result.stderr
+    text = Image.open(folder / 'drawn' / '000001.png').text
+    assert text['prompt'] == 'a blue ring' and text['seed'] == '1' and text['kappa'] == '2.0' and text['teacher_steps'] == '3'
+
+
+def test_a_long_prompt_is_cut_with_a_warning(run):
+    folder, _ = run
+    result = command('sample', 'a red star ' * 25 + 'and the end', '--out', 'long', cwd=folder)
+    assert result.returncode == 0 and 'and the end' in result.stderr and 'cut' in result.stderr
+
+
+REFUSALS = {
+    'no such teacher': (['train', '--teacher', 'nowhere'], 'nowhere'),
+    'no such prompt file': (['train', '--teacher', 'TEACHER', '--prompts', 'none.txt'], 'none.txt'),
+    'empty prompt file': (['train', '--teacher', 'TEACHER', '--prompts', 'empty.txt'], 'found none'),
+    'run folder in use': (['train', '--teacher', 'TEACHER', '--out', 'used'], 'nothing was overwritten'),
+    'resolution': (['train', '--teacher', 'TEACHER', '--size', '40'], 'multiple of 16'),
+    'kappa with two numbers': (['train', '--teacher', 'TEACHER', '--kappa', '1', '2'], 'one number, or three'),
+    'batch and micro-batch': (['train', '--teacher', 'TEACHER', '--batch', '8', '--micro-batch', '3'], 'multiple of --micro-batch'),
+    'device': (['train', '--teacher', 'TEACHER', '--device', 'abacus'], 'abacus'),
+    'precision': (['train', '--teacher', 'TEACHER', '--precision', 'fp8'], 'fp8'),
+    'steps out of range': (['train', '--teacher', 'TEACHER', '--t-init', '1000'], '--t-init 1000'),
+    'unknown setting beside the teacher': (['train', '--teacher', 'odd'], 'learning_rate'),
+    'cut-off weights': (['train', '--teacher', 'cut'], 'cut'),
+    'no generator yet': (['sample', 'a red star'], 'train'),
+    'no prompt': (['sample', '--teacher', 'TEACHER', '--teacher-steps', '2'], 'expected a prompt'),
+    'seeds': (['sample', 'x', '--teacher', 'TEACHER', '--teacher-steps', '2', '--seeds', '1-'], '1-'),
+    'kappa without a teacher': (['sample', 'x', '--kappa', '2'], '--teacher-steps'),
+}
+
+
+@pytest.fixture(scope='session')
+def mess(teacher, tmp_path_factory):
+    """A working folder with everything in it that a refusal needs."""
+    folder = tmp_path_factory.mktemp('mess')
+    (folder / 'empty.txt').write_text('\n  \n')
+    (folder / 'used').mkdir()
+    (folder / 'used' / 'config.json').write_text('{}')
+    (folder / 'odd').mkdir()
+    (folder / 'odd' / 'sid_lsg.json').write_text('{"learning_rate": 1}')
+    shutil.copytree(teacher, folder / 'cut')
+    file = folder / 'cut' / 'unet' / 'diffusion_pytorch_model.safetensors'
+    file.write_bytes(file.read_bytes()[:-1000])
+    return folder
+
+
+@pytest.mark.parametrize('name', REFUSALS)
+def test_refusals(name, mess, teacher, monkeypatch, capsys):
+    """One sentence on stderr with the fact in it, exit code 2, no traceback, nothing made."""
+    arguments, fact = REFUSALS[name]
+    monkeypatch.chdir(mess)
+    before = sorted(mess.rglob('*'))
+    with pytest.raises(SystemExit) as stop:
+        sid_lsg.main([str(teacher) if a == 'TEACHER' else a for a in arguments])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and fact in error and 'Traceback' not in error
+    assert sorted(mess.rglob('*')) == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='needs a machine without CUDA')
+def test_cuda_without_one_is_refused(teacher, capsys):
+    with pytest.raises(SystemExit) as stop:
+        sid_lsg.main(['train', '--teacher', str(teacher), '--device', 'cuda'])
+    assert stop.value.code == 2 and '0 CUDA devices' in capsys.readouterr().err
+
+
+def test_the_default_settings_are_the_papers():
+    c = sid_lsg.TrainConfig()
+    assert (c.lr, c.fake_lr, c.batch, c.alpha, c.t_init, c.t_min, c.t_max, c.ema_kimg, c.kappa) == \
+        (1e-6, 1e-6, 512, 1.0, 625, 20, 980, 50.0, (1.5,))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
+def test_cuda_agrees_with_the_cpu(teacher):
+    """fp32 on the GPU, TF32 off, within 1e-4 of the CPU's largest value: noise prediction and decoded picture."""
+    g = torch.Generator().manual_seed(0)
+    x, t, context = torch.randn(3, 4, 8, 8, generator=g), torch.tensor([0, 500, 999]), torch.randn(3, 77, 16, generator=g)
+    device = sid_lsg.choose_device('cuda')
+    net, decoder = unet.load(teacher), vae.load(teacher)
+    with torch.no_grad():
+        eps, image = net(x, t, context), decoder.decode(x)
+        eps_gpu = net.to(device)(x.to(device), t.to(device), context.to(device)).cpu()
+        image_gpu = decoder.to(device).decode(x.to(device)).cpu()
+    assert (eps - eps_gpu).abs().max() < 1e-4 * eps.abs().max()
+    assert (image - image_gpu).abs().max() < 1e-4 * image.abs().max()
