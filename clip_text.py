@@ -1,8 +1,9 @@
-"""CLIP ViT-L/14's tokenizer and text encoder, as Stable Diffusion 1.5 uses them, from scratch in one file.
+"""CLIP ViT-L/14's tokenizer and text encoder, as used by Stable Diffusion 1.5, from scratch in one file.
 
-Prompts become (B, 77) token ids and then (B, 77, 768) states: the last layer's output after the final LayerNorm,
-with neither pooling nor projection (ldm/modules/encoders/modules.py 152-159). Module names are those of
-transformers' CLIPTextModel as published checkpoints bear them, so loading is a strict load_state_dict.
+Prompts become (B, 77) token ids and then (B, 77, 768) states: the last layer's output after the final
+LayerNorm, with neither pooling nor projection (ldm/modules/encoders/modules.py 152-159). Module names
+are those of transformers' CLIPTextModel as published checkpoints bear them, so loading is a strict
+load_state_dict.
 
     tokenizer, encoder = load_tokenizer(path), load(path);  context = encoder(tokenizer(['a red star']))
 """
@@ -19,7 +20,7 @@ from torch import nn
 
 LENGTH = 77         # positions, the start and end tokens included
 
-# What one word is, before byte-pair encoding: CLIP's own pattern (openai/CLIP simple_tokenizer.py, `self.pat`).
+# One word, before byte-pair encoding: CLIP's own pattern (openai/CLIP simple_tokenizer.py, `self.pat`).
 # Digits stand alone; 's and its like are cut off; anything else that is no space keeps together.
 WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
@@ -27,17 +28,20 @@ WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{
 class Tokenizer:
     """CLIP's lower-cased byte-level BPE over a checkpoint's vocab.json and merges.txt.
 
-    tokenizer(list of str) -> (B, 77) int64: start token, at most 75 tokens of text, end token, and the end token
-    again up to 77, for it is SD's padding too. The ids in text_encoder/config.json (bos 0, eos 2) are wrong.
+    tokenizer(list of str) -> (B, 77) int64: start token, at most 75 tokens of text, end token, and the
+    end token again up to 77, for it is SD's padding too. The ids in text_encoder/config.json (bos 0,
+    eos 2) are wrong.
 
-    Equal to transformers 5's CLIPTokenizer. The transformers 4 slow class that the paper's code used also repaired
-    text with ftfy first (curly quotes, HTML entities, mojibake, full-width letters) and dropped control characters;
-    this one does not, since ftfy is a seventh package: none of the 30,000 COCO captions is tokenised differently.
+    Equal to transformers 5's CLIPTokenizer. The transformers 4 slow class that the paper's code used also
+    repaired text with ftfy first (curly quotes, HTML entities, mojibake, full-width letters) and dropped
+    control characters; this one does not, since ftfy is a seventh package: none of the 30,000 COCO
+    captions is tokenised differently.
     """
 
     def __init__(self, vocab, merges):
         self.start, self.end = vocab['<|startoftext|>'], vocab['<|endoftext|>']
-        self.engine = Engine(models.BPE(vocab=vocab, merges=merges, end_of_word_suffix='</w>', unk_token='<|endoftext|>'))
+        self.engine = Engine(
+            models.BPE(vocab=vocab, merges=merges, end_of_word_suffix='</w>', unk_token='<|endoftext|>'))
         self.engine.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
         self.engine.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Split(Regex(WORD), behavior='removed', invert=True),
@@ -54,13 +58,13 @@ class Tokenizer:
         return torch.tensor(rows, dtype=torch.int64).reshape(-1, LENGTH)
 
     def lost(self, text):
-        """The end of `text` that does not fit into 77 positions and is cut off; '' where all of it fits."""
+        """The end of `text` that does not fit into 77 positions and is cut off; '' where all fits."""
         encoding = self.engine.encode(text, add_special_tokens=False)
         return text[encoding.offsets[LENGTH - 2][0]:] if len(encoding) > LENGTH - 2 else ''
 
 
 class Attention(nn.Module):
-    """Causal self-attention, (B, L, C) -> (B, L, C). Padding is attended to like text: SD passes no mask."""
+    """Causal self-attention (B, L, C) -> (B, L, C). Padding is attended to as text: SD passes no mask."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -71,7 +75,7 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x):
-        q, k, v = (proj(x).unflatten(2, (self.heads, -1)).transpose(1, 2)               # (B, heads, L, C/heads)
+        q, k, v = (proj(x).unflatten(2, (self.heads, -1)).transpose(1, 2)   # (B, heads, L, C/heads)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         h = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out_proj(h.transpose(1, 2).flatten(2))
@@ -85,7 +89,8 @@ class MLP(nn.Module):
 
     def forward(self, x):
         h = self.fc1(x)
-        return self.fc2(h * torch.sigmoid(1.702 * h))       # CLIP's "quick GELU": transformers activations.py 123
+        # CLIP's "quick GELU": transformers activations.py 123.
+        return self.fc2(h * torch.sigmoid(1.702 * h))
 
 
 class Layer(nn.Module):
@@ -102,11 +107,14 @@ class Layer(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """CLIP's text transformer; the defaults are ViT-L/14's 123 M weights. Tokens (B, 77) -> states (B, 77, width)."""
+    """CLIP's text transformer: tokens (B, 77) -> states (B, 77, width).
+
+    The defaults are ViT-L/14's 123 M weights."""
 
     def __init__(self, vocab=49408, width=768, layers=12, heads=12, hidden=3072):
         super().__init__()
-        # Bare modules serve as name spaces: published keys begin with text_model.embeddings, text_model.encoder, ...
+        # Bare modules serve as name spaces: published keys begin with text_model.embeddings,
+        # text_model.encoder, ...
         self.text_model = nn.Module()
         self.text_model.embeddings = nn.Module()
         self.text_model.embeddings.token_embedding = nn.Embedding(vocab, width)
@@ -117,7 +125,7 @@ class TextEncoder(nn.Module):
 
     def forward(self, tokens):
         embeddings = self.text_model.embeddings
-        x = embeddings.token_embedding(tokens) + embeddings.position_embedding.weight       # (B, 77, width)
+        x = embeddings.token_embedding(tokens) + embeddings.position_embedding.weight   # (B, 77, width)
         for layer in self.text_model.encoder.layers:
             x = layer(x)
         return self.text_model.final_layer_norm(x)
@@ -142,9 +150,9 @@ def load_tokenizer(path):
 
 
 def load(path):
-    """The text encoder in `path`, a checkpoint folder with a text_encoder/ inside or that folder itself, fp32, eval mode.
+    """The text encoder in `path`, a checkpoint folder with a text_encoder/ inside or that folder itself.
 
-    config.json sizes the net. Raises FileNotFoundError or ValueError with a sentence."""
+    In fp32, eval mode, sized by config.json. Raises FileNotFoundError or ValueError with a sentence."""
     folder = Path(path)
     if (folder / 'text_encoder').is_dir():
         folder = folder / 'text_encoder'
@@ -154,31 +162,36 @@ def load(path):
                                     'give the folder that holds text_encoder/ or that folder itself')
     try:
         config = json.loads((folder / 'config.json').read_text())
-        with torch.device('meta'):          # no memory and no random numbers for weights about to be replaced
-            encoder = TextEncoder(config['vocab_size'], config['hidden_size'], config['num_hidden_layers'],
-                                  config['num_attention_heads'], config['intermediate_size'])
+        with torch.device('meta'):          # no memory or random numbers for weights about to be replaced
+            encoder = TextEncoder(
+                config['vocab_size'], config['hidden_size'], config['num_hidden_layers'],
+                config['num_attention_heads'], config['intermediate_size'])
         weights = {key: w.float() for key, w in load_file(folder / 'model.safetensors').items()}
-        # Positions are 0 ... 76: stored position_ids are a leftover of old transformers, wrong in some merged files.
+        # Positions are 0 ... 76: stored position_ids are a leftover of old transformers, wrong in some
+        # merged files.
         weights.pop('text_model.embeddings.position_ids', None)
         encoder.load_state_dict(weights, strict=True, assign=True)
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         reason = ' '.join(f'{type(error).__name__}: {error}'.split())
-        raise ValueError(f'{folder} does not hold the text encoder that its config.json describes; {reason}') from None
+        raise ValueError(
+            f'{folder} does not hold the text encoder that its config.json describes; {reason}') from None
     return encoder.eval()
 
 
 def save(encoder, folder, dtype=torch.float32):
-    """Write config.json and safetensors so that load() here and transformers' CLIPTextModel open the folder."""
+    """Write config.json and safetensors, for load() here and transformers' CLIPTextModel to open."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     model = encoder.text_model
     vocab, width = model.embeddings.token_embedding.weight.shape
     config = {
-        'architectures': ['CLIPTextModel'], 'model_type': 'clip_text_model', 'vocab_size': vocab, 'hidden_size': width,
-        'num_hidden_layers': len(model.encoder.layers), 'num_attention_heads': model.encoder.layers[0].self_attn.heads,
-        'intermediate_size': model.encoder.layers[0].mlp.fc1.out_features, 'max_position_embeddings': LENGTH,
-        'hidden_act': 'quick_gelu', 'layer_norm_eps': 1e-5, 'projection_dim': width,
-        'bos_token_id': vocab - 2, 'eos_token_id': vocab - 1, 'pad_token_id': vocab - 1}
+        'architectures': ['CLIPTextModel'], 'model_type': 'clip_text_model', 'vocab_size': vocab,
+        'hidden_size': width, 'num_hidden_layers': len(model.encoder.layers),
+        'num_attention_heads': model.encoder.layers[0].self_attn.heads,
+        'intermediate_size': model.encoder.layers[0].mlp.fc1.out_features,
+        'max_position_embeddings': LENGTH, 'hidden_act': 'quick_gelu', 'layer_norm_eps': 1e-5,
+        'projection_dim': width, 'bos_token_id': vocab - 2, 'eos_token_id': vocab - 1,
+        'pad_token_id': vocab - 1}
     weights = {key: w.detach().to('cpu', dtype).contiguous() for key, w in encoder.state_dict().items()}
     save_file(weights, folder / 'model.safetensors.tmp', metadata={'format': 'pt'})
     (folder / 'config.json.tmp').write_text(json.dumps(config, indent=2) + '\n')

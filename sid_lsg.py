@@ -1,19 +1,21 @@
-"""SiD-LSG: distil Stable Diffusion 1.5, without any data, into a generator that makes a picture in one step.
+"""SiD-LSG: distil Stable Diffusion 1.5, without data, into a generator that makes a picture in one step.
 
-Zhou et al., "Long and Short Guidance in Score identity Distillation for One-Step Text-to-Image Generation",
-arXiv 2406.01561 (the paper); the loss without guidance is Score identity Distillation, arXiv 2404.04057 (SiD).
+Zhou et al., "Long and Short Guidance in Score identity Distillation for One-Step Text-to-Image
+Generation", arXiv 2406.01561 (the paper); the loss without guidance is Score identity Distillation,
+arXiv 2404.04057 (SiD).
 
     python sid_lsg.py train                 # the tiny teacher of tests/tiny_sd, minutes on a laptop
-    python sid_lsg.py train --teacher PATH --prompts FILE       # a Stable Diffusion 1.5, the paper's defaults
+    python sid_lsg.py train --teacher PATH --prompts FILE   # a Stable Diffusion 1.5, the paper's defaults
     python sid_lsg.py sample "a red star above a blue ring on a black background"
 
     paper            | here      | shape (SD 1.5, 512 px) | what it is
-    -----------------|-----------|------------------------|--------------------------------------------------------
-    c                | context   | (B, 77, 768)           | text states of the prompts; `null`, (1, 77, 768), of ""
+    -----------------|-----------|------------------------|-----------------------------------------------
+    c                | context   | (B, 77, 768)           | text states of the prompts
+                     | null      | (1, 77, 768)           | text states of ""
     z                | z         | (B, 4, 64, 64)         | standard normal seed of the generator
-    G_theta          | G         |                        | generator, a UNet; `ema` is its running average
+    G_theta          | G         |                        | generator, a UNet; `ema` is its moving average
     f_phi            | teacher   |                        | the pretrained UNet, frozen
-    f_psi            | fake      |                        | fake score net: a UNet that follows G's pictures
+    f_psi            | fake      |                        | fake score net: a UNet following G's pictures
     x_g = G(z, c)    | x_g       | (B, 4, 64, 64)         | latent made by the generator in one step
     t                | t         | (B,)                   | step of the diffusion, uniform in [20, 979]
     epsilon          | eps       | (B, 4, 64, 64)         | standard normal noise
@@ -22,7 +24,7 @@ arXiv 2406.01561 (the paper); the loss without guidance is Score identity Distil
     f_psi(x_t, c)    | x_psi     | (B, 4, 64, 64)         | x_g as the fake score net would
     kappa_1          | kappa[0]  |                        | guidance of fake while it learns
     kappa_2, kappa_3 | kappa[1]  |                        | guidance of fake in the generator's loss
-    kappa_4          | kappa[2]  |                        | guidance of the teacher in the generator's loss
+    kappa_4          | kappa[2]  |                        | guidance of teacher in the generator's loss
     alpha            | alpha     |                        | how far the loss corrects for psi's own error
 
 Read train(), then the six functions right above it. All three nets start as copies of the teacher.
@@ -52,14 +54,15 @@ import vae as vae_module
 TINY_TEACHER = Path(__file__).resolve().parent / 'tests' / 'tiny_sd'
 
 # ---------------------------------------------------------------------------------------------------
-# Settings: each field is a command line option. For train, what is left out comes from sid_lsg.json in the
-# teacher's folder if there is one, and else is the paper's, which stands here.
+# Settings: each field is a command line option. For train, what is left out comes from sid_lsg.json in
+# the teacher's folder if there is one, and else is the paper's, which stands here.
 
 def option(default, help, **more):
     return field(default=default, metadata={'help': help, **more})
 
 
-PRECISION = option('fp32', 'fp32, or autocast to bf16 or fp16 over fp32 weights', choices=['fp32', 'bf16', 'fp16'])
+PRECISION = option('fp32', 'fp32, or autocast to bf16 or fp16 over fp32 weights',
+                   choices=['fp32', 'bf16', 'fp16'])
 DEVICE = option('', 'cuda, cuda:1, cpu ... (default: cuda if there is one, else cpu)')
 
 
@@ -73,22 +76,25 @@ class TrainConfig:
     seed: int = option(0, 'every random draw follows from it')
     size: int = option(0, 'side of the pictures in pixels (default: what the teacher was trained at)')
 
-    kappa: tuple = option((1.5,), 'guidance: one number for all (LSG), or three: kappa1, kappa2 = kappa3, kappa4. '
-                          '1 is none, 1 1 K long, K 1 1 with K < 1 short, 0 0 1 Zero-CFG')
+    kappa: tuple = option((1.5,), 'guidance: one number for all (LSG), or three: kappa1, kappa2 = '
+                          'kappa3, kappa4. 1 is none, 1 1 K long, K 1 1 with K < 1 short, 0 0 1 Zero-CFG')
     alpha: float = option(1.0, 'alpha of the generator loss')
     t_init: int = option(625, 'step at which the generator works')
     t_min: int = option(20, 'smallest t of the losses')
     t_max: int = option(980, 'largest t of the losses, exclusive')
-    drop: float = option(0.1, 'share of prompts made empty while fake learns, if kappa1 or kappa2 is not 1')
+    drop: float = option(0.1, 'share of prompts made empty while fake learns, '
+                         'if kappa1 or kappa2 is not 1')
 
     kimg: float = option(10_000.0, 'length of the run in thousand images')
     batch: int = option(512, 'images an iteration')
-    micro_batch: int = option(0, 'images at a time, whose gradients add up to the batch\'s (default: batch)')
+    micro_batch: int = option(0, 'images at a time, whose gradients add up to the batch\'s '
+                              '(default: batch)')
     lr: float = option(1e-6, 'learning rate of the generator')
     fake_lr: float = option(1e-6, 'learning rate of the fake score net')
     ema_kimg: float = option(50.0, 'half-life of the generator\'s average in thousand images')
 
-    grid_kimg: float = option(100.0, 'thousand images between picture grids, with each of which the generator is saved')
+    grid_kimg: float = option(100.0, 'thousand images between picture grids, '
+                              'with each of which the generator is saved')
     log_seconds: float = option(5.0, 'seconds between status lines')
 
 
@@ -97,8 +103,10 @@ class SampleConfig:
     texts: tuple = option((), 'prompts, in quotes')
     prompts: str = option('', 'text file, one prompt a line, after those on the command line')
     generator: str = option('', 'run folder or generator folder (default: the newest run in runs/)')
-    teacher: str = option('', 'checkpoint whose VAE and text encoder to use (default: the generator\'s teacher)')
-    seeds: str = option('', 'such as 0-7,42: every prompt with each of them (default: prompt i with seed i)')
+    teacher: str = option('', 'checkpoint whose VAE and text encoder to use '
+                          '(default: the generator\'s teacher)')
+    seeds: str = option('', 'such as 0-7,42: every prompt with each of them '
+                        '(default: prompt i with seed i)')
     steps: int = option(1, 'steps of the generator', choices=[1, 2, 4])
     teacher_steps: int = option(0, 'draw with the teacher itself instead, in so many DDIM steps')
     kappa: float = option(None, 'guidance of the teacher, with --teacher-steps (default: 1.5)')
@@ -115,11 +123,12 @@ class SampleConfig:
 def schedule():
     """a_t and sigma_t of Stable Diffusion 1.5, each (1000,): float64 inside, float32 out.
 
-    betas = linspace(sqrt .00085, sqrt .012, 1000)^2 (CompVis util.py 21-25, v1-inference.yaml 5-6); 1 - beta
-    multiplied up is a_t^2."""
+    betas = linspace(sqrt .00085, sqrt .012, 1000)^2 (CompVis util.py 21-25, v1-inference.yaml 5-6);
+    1 - beta multiplied up is a_t^2."""
     betas = np.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000) ** 2
     a2 = np.cumprod(1 - betas)
-    return torch.tensor(a2 ** 0.5, dtype=torch.float32), torch.tensor((1 - a2) ** 0.5, dtype=torch.float32)
+    return (torch.tensor(a2 ** 0.5, dtype=torch.float32),
+            torch.tensor((1 - a2) ** 0.5, dtype=torch.float32))
 
 
 ALPHA, SIGMA = schedule()
@@ -136,15 +145,16 @@ def add_noise(x0, eps, t):
 
 
 def predict_x0(eps_hat, x_t, t):
-    """The x_0 that a noise prediction implies: (x_t - sigma_t eps_hat) / a_t. Latents are never clipped."""
+    """The x_0 a noise prediction implies: (x_t - sigma_t eps_hat) / a_t. Latents are never clipped."""
     return (x_t - at(SIGMA, t) * eps_hat) / at(ALPHA, t)
 
 
 def guided(net, x_t, t, context, null, kappa):
-    """Noise eps(null) + kappa (eps(c) - eps(null)) at x_t (B, 4, H, W), float32; context (B, 77, D), null (1, 77, D).
+    """Noise eps(null) + kappa (eps(c) - eps(null)) at x_t (B, 4, H, W), float32.
 
-    One call on the doubled batch [null, c]; kappa 1 is the conditional half alone, kappa 0 the unconditional one,
-    each at half the cost. Where a prompt was dropped, c is null and guidance changes nothing."""
+    context (B, 77, D), null (1, 77, D). One call on the doubled batch [null, c]; kappa 1 is the
+    conditional half alone, kappa 0 the unconditional one, each at half the cost. Where a prompt was
+    dropped, c is null and guidance changes nothing."""
     null = null.expand_as(context)
     if kappa == 1 or kappa == 0:
         return net(x_t, t, context if kappa == 1 else null).float()
@@ -154,10 +164,10 @@ def guided(net, x_t, t, context, null, kappa):
 
 
 def generate(G, z, context, t_init=625, steps=1, fresh=torch.randn_like):
-    """x_g (B, 4, H, W) from z of the same shape: in one step, G's x_0 at t_init of the pure noise sigma z.
+    """x_g (B, 4, H, W) from z of that shape: in one step, G's x_0 at t_init of the pure noise sigma z.
 
-    With more steps (the official code shows 2 and 4), step i noises the result to int(t_init (1 - i / steps)) with
-    new noise, `fresh(z)`, and restores it again."""
+    With more steps (the official code shows 2 and 4), step i noises the result to
+    int(t_init (1 - i / steps)) with new noise, `fresh(z)`, and restores it again."""
     x_g = torch.zeros_like(z)
     for i in range(steps):
         t = torch.full((len(z),), int(t_init * (1 - i / steps)), device=z.device)
@@ -167,12 +177,13 @@ def generate(G, z, context, t_init=625, steps=1, fresh=torch.randn_like):
 
 
 def nan_samples(*tensors):
-    """(B, 1, 1, 1) bool: the samples that are NaN somewhere in any of the tensors, and are left out of a loss."""
-    return torch.stack([x.detach().isnan().flatten(1).any(1) for x in tensors]).any(0)[:, None, None, None]
+    """(B, 1, 1, 1) bool: the samples with a NaN in any of the tensors, which a loss leaves out."""
+    return torch.stack(
+        [x.detach().isnan().flatten(1).any(1) for x in tensors]).any(0)[:, None, None, None]
 
 
 def fake_score_loss(fake, x_g, t, eps, context, null, kappa):
-    """Sum over pixels / B of |eps_hat - eps|^2, eps_hat guided by kappa_1 with gradient through both its halves.
+    """Sum over pixels / B of |eps_hat - eps|^2; kappa_1 guides eps_hat, gradient through both halves.
 
     x_g (B, 4, H, W) carries no gradient: this is plain diffusion training on the generator's pictures."""
     eps_hat = guided(fake, add_noise(x_g, eps, t), t, context, null, kappa)
@@ -181,10 +192,11 @@ def fake_score_loss(fake, x_g, t, eps, context, null, kappa):
 
 
 def generator_loss(x_g, x_phi, x_psi, alpha):
-    """Sum over pixels / B of (x_phi - x_psi) ((x_phi - x_g) - alpha (x_phi - x_psi)) / w, w = mean |x_g - x_phi|.
+    """Sum over pixels / B of (x_phi - x_psi) ((x_phi - x_g) - alpha (x_phi - x_psi)) / w.
 
-    All (B, 4, H, W), all with gradient: through x_t it flows into both nets and on to the generator, which is where
-    SiD differs from DMD. Only the weight w, per sample and at least 1e-5, carries none."""
+    All (B, 4, H, W), all with gradient: through x_t it flows into both nets and on to the generator,
+    which is where SiD differs from DMD. Only the weight w = mean |x_g - x_phi|, per sample and at least
+    1e-5, carries none."""
     leave_out = nan_samples(x_g, x_phi, x_psi)
     difference = (x_phi - x_psi).masked_fill(leave_out, 0)
     residual = (x_phi - x_g).masked_fill(leave_out, 0)
@@ -196,10 +208,11 @@ def train(config):
     """Distil config.teacher into a run folder (see open_run). The whole method is the loop below."""
     teacher, vae, encode, prompts, shape, out, device = open_run(config)
     G, ema, fake = (copy.deepcopy(teacher) for _ in range(3))
-    G.requires_grad_(True)                      # teacher and ema stay frozen, fake is for half of each iteration
+    G.requires_grad_(True)                      # teacher and ema stay frozen, fake half of each iteration
     adam_eps = 1e-6 if config.precision == 'fp16' else 1e-8
     opt_G = torch.optim.Adam(G.parameters(), config.lr, betas=(0.0, 0.999), eps=adam_eps, fused=True)
-    opt_fake = torch.optim.Adam(fake.parameters(), config.fake_lr, betas=(0.0, 0.999), eps=adam_eps, fused=True)
+    opt_fake = torch.optim.Adam(
+        fake.parameters(), config.fake_lr, betas=(0.0, 0.999), eps=adam_eps, fused=True)
     kappa1, kappa2, kappa4 = config.kappa
     drop = config.drop if (kappa1, kappa2) != (1, 1) else 0.0
     null = encode([''])
@@ -223,7 +236,7 @@ def train(config):
         log.add(grad_fake=update(opt_fake))
 
         # theta-step: the generator moves to where fake and teacher restore its pictures alike.
-        fake.requires_grad_(False)              # its weights rest; its INPUT passes gradients on, like the teacher's
+        fake.requires_grad_(False)              # weights rest; gradients pass to its INPUT, as in teacher
         for rows in torch.arange(config.batch).split(config.micro_batch):
             share = len(rows) / config.batch
             context, z, t, eps = draw(iteration, 1, rows)
@@ -245,8 +258,8 @@ def train(config):
         if last or crosses(config.grid_kimg * 1000, seen, config.batch):
             save_progress(config, ema, vae, encode, prompts, shape, out, seen)
 
-    print(f'The generator is in {out}/generator, its pictures from first to last in {out}/grid_*.png. Try it:\n'
-          f'    python sid_lsg.py sample --generator {out} "{prompts[0]}"')
+    print(f'The generator is in {out}/generator, its pictures from first to last in {out}/grid_*.png. '
+          f'Try it:\n    python sid_lsg.py sample --generator {out} "{prompts[0]}"')
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -260,7 +273,7 @@ def autocast(config, device):
 def update(optimizer, clip=math.inf):
     """One optimizer step; returns the norm of the gradients as they came. Clears them.
 
-    As in the official loop, a NaN becomes 0 and an infinity 1e5; `clip` bounds every element, at 1 in fp16."""
+    As in the official loop, NaN becomes 0 and infinity 1e5; `clip` bounds every element, at 1 in fp16."""
     parameters = optimizer.param_groups[0]['params']
     for p in parameters:
         torch.nan_to_num_(p.grad, nan=0.0, posinf=1e5, neginf=-1e5)
@@ -273,7 +286,7 @@ def update(optimizer, clip=math.inf):
 
 
 def ema_beta(config, seen):
-    """Weight of the old average when `seen` images lie behind: half-life ema_kimg, at first a twentieth of `seen`."""
+    """Weight of the old average after `seen` images: half-life ema_kimg, at first a 20th of `seen`."""
     halflife = min(config.ema_kimg * 1000, seen * 0.05)
     return 0.5 ** (config.batch / max(halflife, 1e-8))
 
@@ -295,10 +308,11 @@ def epoch_order(seed, epoch, count):
 
 
 def draw_samples(config, prompts, encode, shape, device, iteration, half, rows, drop=0.0):
-    """context, z, t and eps for `rows` of the batch of one half (0 psi, 1 theta) of an iteration, on the device.
+    """context, z, t and eps for `rows` of the batch of one half (0 psi, 1 theta) of an iteration.
 
-    Sample i depends on (seed, iteration, half, i) alone, neither on micro-batch nor device. Prompts come without
-    replacement, each epoch in a new order; a share `drop` of them becomes ''."""
+    All on the device, yet sample i depends on (seed, iteration, half, i) alone, neither on micro-batch
+    nor device. Prompts come without replacement, each epoch in a new order; a share `drop` of them
+    becomes ''."""
     texts, steps, noise = [], [], []
     for i in rows.tolist():
         rng = np.random.default_rng((config.seed, iteration, half, i))
@@ -333,8 +347,8 @@ class Log:
         if not last and time.time() - self.printed < self.config.log_seconds:
             return
         self.printed = time.time()
-        rows = [{name: value if isinstance(value, int) else float(f'{float(value):.6g}') for name, value in row.items()}
-                for row in self.waiting]
+        rows = [{name: value if isinstance(value, int) else float(f'{float(value):.6g}')
+                 for name, value in row.items()} for row in self.waiting]
         self.waiting = []
         with open(self.file, 'a', encoding='utf-8') as file:
             file.writelines(json.dumps(row) + '\n' for row in rows)
@@ -353,15 +367,16 @@ def clock(seconds):
 
 @torch.no_grad()
 def save_progress(config, ema, vae, encode, prompts, shape, out, seen):
-    """A grid from 16 fixed seeds and prompts, and the averaged generator as a folder that diffusers opens."""
+    """A grid from 16 fixed seeds and prompts, and the averaged generator as a folder diffusers opens."""
     texts = prompts[::max(1, len(prompts) // 16)][:16]
     with autocast(config, ema.conv_in.weight.device):
-        images = [draw_pictures(lambda z, fresh, c: generate(ema, z, c, config.t_init), vae, encode([text]), [i], shape)[0]
-                  for i, text in enumerate(texts)]
+        images = [draw_pictures(lambda z, fresh, c: generate(ema, z, c, config.t_init),
+                                vae, encode([text]), [i], shape)[0] for i, text in enumerate(texts)]
     save_png(make_grid(images, texts, 4), out / f'grid_{seen:09d}.png')
     if seen:
         unet.save(ema, out / 'generator' / 'unet')
-        facts = dict(teacher=str(Path(config.teacher).resolve()), t_init=config.t_init, size=shape[1] * vae.factor, images=seen)
+        facts = dict(teacher=str(Path(config.teacher).resolve()), t_init=config.t_init,
+                     size=shape[1] * vae.factor, images=seen)
         write_text(out / 'generator' / 'generator.json', json.dumps(facts, indent=2) + '\n')
 
 
@@ -370,7 +385,9 @@ def save_progress(config, ema, vae, encode, prompts, shape, out, seen):
 
 @torch.no_grad()
 def sample(config):
-    """Pictures of every prompt with every seed (without seeds: prompt i with seed i) in a folder; their paths to stdout."""
+    """Pictures of every prompt with every seed (without seeds: prompt i with seed i) in a folder.
+
+    Their paths go to stdout."""
     net, vae, encode, jobs, shape, facts, out, device = open_sample(config)
     null = encode([''])
 
@@ -393,28 +410,30 @@ def sample(config):
         done = first + len(images)
         if time.time() - printed > 5 and done < len(jobs):
             printed, pace = time.time(), (time.time() - began) / done
-            print(f'{done} of {len(jobs)} pictures, {1 / pace:.1f} a second, {clock(pace * (len(jobs) - done))} left',
-                  file=sys.stderr)
+            print(f'{done} of {len(jobs)} pictures, {1 / pace:.1f} a second, '
+                  f'{clock(pace * (len(jobs) - done))} left', file=sys.stderr)
     columns = min(8, len(parse_seeds(config.seeds)) if config.seeds else math.ceil(len(shown) ** 0.5))
     save_png(make_grid(shown, [f'{text} [{seed}]' for text, seed in jobs], columns), out / 'grid.png')
     print(out / 'grid.png')
 
 
 def draw_pictures(make, vae, context, seeds, shape):
-    """uint8 (B, H, W, 3) of the latents make(z, fresh, context), picture i's noise from a generator seeded seeds[i].
+    """uint8 (B, H, W, 3) of the latents make(z, fresh, context), picture i's noise drawn with seeds[i].
 
-    The noise is the CPU's, so a picture depends on its prompt and seed and not on neighbours, batch or device."""
+    The noise is the CPU's: a picture depends on prompt and seed, not on neighbours, batch or device."""
     sources = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def fresh(_=None):
-        return torch.stack([torch.randn(shape, generator=source) for source in sources]).to(context.device)
+        return torch.stack(
+            [torch.randn(shape, generator=source) for source in sources]).to(context.device)
     return to_uint8(vae.decode(make(fresh(), fresh, context)))
 
 
 def ddim(net, z, context, null, kappa, steps):
-    """The teacher's own sampler, for comparison: deterministic DDIM (arXiv 2010.02502), x_0 (B, 4, H, W) from z.
+    """The teacher's own sampler: deterministic DDIM (arXiv 2010.02502), x_0 (B, 4, H, W) from z.
 
-    Its steps are those of diffusers for SD: t = 1 + i (1000 // steps), and the last ends at t = 0, not beyond."""
+    For comparison. Its steps are those of diffusers for SD: t = 1 + i (1000 // steps), and the last ends
+    at t = 0, not beyond."""
     stride, x = 1000 // steps, z
     for i in reversed(range(steps)):
         t = torch.full((len(z),), 1 + i * stride, device=z.device)
@@ -424,12 +443,14 @@ def ddim(net, z, context, null, kappa, steps):
 
 
 def to_uint8(images):
-    """(B, 3, H, W), about [-1, 1], -> numpy uint8 (B, H, W, 3) as the official generate_onestep.py 300: x 127.5 + 128, cut."""
+    """(B, 3, H, W), about [-1, 1], -> numpy uint8 (B, H, W, 3): x 127.5 + 128, cut.
+
+    As in the official generate_onestep.py 300."""
     return (images.float() * 127.5 + 128).clip(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def save_png(image, path, **text):
-    """Write an array or Image under a temporary name, then rename it; `text` goes into the file's text chunks."""
+    """Write an array or Image under a temporary name, then rename it; `text` goes into text chunks."""
     info = PngInfo()
     for key, value in text.items():
         info.add_text(key, str(value))
@@ -444,7 +465,7 @@ def write_text(path, text):
 
 
 def make_grid(images, labels, columns):
-    """All pictures in one, each over its label; small ones enlarged, without smoothing, to 128 pixels or more."""
+    """All pictures in one, each over its label; small ones enlarged unsmoothed to 128 pixels or more."""
     side, lines, font = images[0].shape[0], 4, ImageFont.load_default(11)
     cell = side * math.ceil(128 / side)
     wide, high = cell + 8, cell + 8 + 13 * lines
@@ -463,7 +484,9 @@ def make_grid(images, labels, columns):
 
 @contextlib.contextmanager
 def user_errors():
-    """Turns what is wrong with files and settings into a sentence and exit code 2; around opening, never around running."""
+    """Turns what is wrong with files and settings into a sentence and exit code 2.
+
+    It goes around opening, never around running."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -485,12 +508,13 @@ def choose_device(name):
     check(device.type != 'cuda' or (device.index or 0) < torch.cuda.device_count(),
           f'--device {name} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices; '
           'leave --device out to use what is there, or install a CUDA build of torch')
-    torch.backends.cudnn.allow_tf32 = False     # fp32 is fp32, as in the published runs; torch's default is TF32 in convolutions
+    # fp32 is fp32, as in the published runs; torch's default is TF32 in convolutions.
+    torch.backends.cudnn.allow_tf32 = False
     return device
 
 
 def load_parts(path, device):
-    """The VAE and `encode` of a checkpoint folder: encode(list of B str) -> context (B, 77, D) on the device."""
+    """The VAE and `encode` of a checkpoint: encode(list of B str) -> context (B, 77, D) on the device."""
     vae, tokenizer, text = vae_module.load(path), clip_text.load_tokenizer(path), clip_text.load(path)
     vae.to(device).requires_grad_(False), text.to(device)
 
@@ -505,7 +529,8 @@ def read_prompts(path, tokenizer):
     try:
         lines = Path(path).read_text(encoding='utf-8').split('\n')
     except UnicodeDecodeError:
-        raise ValueError(f'expected UTF-8 text, one prompt a line, in {path}; found bytes that are none') from None
+        raise ValueError(f'expected UTF-8 text, one prompt a line, in {path}; '
+                         'found bytes that are none') from None
     except OSError as error:
         raise ValueError(f'expected a text file, one prompt a line, at {path}: {error.strerror}; '
                          'give one with --prompts') from None
@@ -517,49 +542,55 @@ def read_prompts(path, tokenizer):
 
 def warn_of_cuts(prompts, tokenizer):
     """Say on stderr which prompts do not fit into CLIP's 77 positions, and what of them is lost."""
-    long = [prompt for prompt in prompts if len(prompt) > clip_text.LENGTH - 2]     # a token is a character at least
+    # A token is a character at least.
+    long = [prompt for prompt in prompts if len(prompt) > clip_text.LENGTH - 2]
     cut = [(prompt, lost) for prompt in long if (lost := tokenizer.lost(prompt))]
     for prompt, lost in cut[:3]:
-        print(f'warning: "{textwrap.shorten(prompt, 60)}" is longer than {clip_text.LENGTH} tokens, this is cut: "{lost}"',
-              file=sys.stderr)
+        print(f'warning: "{textwrap.shorten(prompt, 60)}" is longer than {clip_text.LENGTH} tokens, '
+              f'this is cut: "{lost}"', file=sys.stderr)
     if len(cut) > 3:
-        print(f'warning: {len(cut) - 3} more prompts are longer than {clip_text.LENGTH} tokens and are cut', file=sys.stderr)
+        print(f'warning: {len(cut) - 3} more prompts are longer than {clip_text.LENGTH} tokens '
+              'and are cut', file=sys.stderr)
 
 
 def new_folder(given, parent, pattern):
-    """The folder to write: `given` unless files in it match `pattern` already, or the next free parent/NNN."""
+    """The folder to write: `given` unless files in it match `pattern`, or the next free parent/NNN."""
     taken = [int(p.name) for p in Path(parent).glob('[0-9]*') if p.name.isdigit()]
     folder = Path(given) if given else Path(parent) / f'{max(taken, default=-1) + 1:03d}'
     check(not any(folder.glob(pattern)),
-          f'expected a new folder for --out, found {pattern} in {folder}; nothing was overwritten, give another')
+          f'expected a new folder for --out, found {pattern} in {folder}; '
+          'nothing was overwritten, give another')
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def latent_shape(size, net, vae):
-    """(4, h, w) of the latents for pictures `size` pixels wide, or for what the net was trained at if size is 0."""
+    """(4, h, w) of the latents for pictures `size` pixels wide; 0 means what the net was trained at."""
     size, below = size or net.sample_size * vae.factor, 2 ** (len(net.down_blocks) - 1)
     check(size > 0 and size % (vae.factor * below) == 0,
-          f'expected --size to be a multiple of {vae.factor * below}, the VAE\'s factor {vae.factor} times the '
-          f'UNet\'s {below}, got {size}')
+          f'expected --size to be a multiple of {vae.factor * below}, the VAE\'s factor {vae.factor} '
+          f'times the UNet\'s {below}, got {size}')
     return 4, size // vae.factor, size // vae.factor
 
 
 def open_run(config):
     """Check every setting, load the teacher and its parts, make the run folder; what train() works on.
 
-    The folder: config.json (settings), log.jsonl, grid_*.png, generator/unet (diffusers layout) and generator.json."""
+    The folder: config.json (settings), log.jsonl, grid_*.png, generator/unet (diffusers layout) and
+    generator.json."""
     with user_errors():
         config.kappa = tuple(np.atleast_1d(config.kappa).tolist())
         config.kappa *= 3 if len(config.kappa) == 1 else 1
-        check(len(config.kappa) == 3, 'expected --kappa with one number, or three (kappa1, kappa2 = kappa3, kappa4), '
-                                      f'got {len(config.kappa)}')
+        check(len(config.kappa) == 3,
+              'expected --kappa with one number, or three (kappa1, kappa2 = kappa3, kappa4), '
+              f'got {len(config.kappa)}')
         config.micro_batch = config.micro_batch or config.batch
         check(min(config.batch, config.micro_batch) > 0 and config.batch % config.micro_batch == 0,
-              f'expected --batch to be a multiple of --micro-batch, got {config.batch} and {config.micro_batch}')
+              'expected --batch to be a multiple of --micro-batch, '
+              f'got {config.batch} and {config.micro_batch}')
         check(0 <= config.t_min < config.t_max <= 1000 and 0 <= config.t_init < 1000,
-              f'steps lie in 0 ... 999 and --t-min below --t-max, got --t-min {config.t_min} --t-max {config.t_max} '
-              f'--t-init {config.t_init}')
+              'steps lie in 0 ... 999 and --t-min below --t-max, got '
+              f'--t-min {config.t_min} --t-max {config.t_max} --t-init {config.t_init}')
         check(0 <= config.drop <= 1, f'expected --drop to be a share from 0 to 1, got {config.drop}')
         check(min(config.kimg, config.grid_kimg) > 0, 'expected --kimg and --grid-kimg above 0')
         device = choose_device(config.device)
@@ -569,8 +600,9 @@ def open_run(config):
         prompts = read_prompts(config.prompts or Path(config.teacher) / 'prompts.txt', tokenizer)
         out = new_folder(config.out, 'runs', 'config.json')
         write_text(out / 'config.json', json.dumps(asdict(config), indent=2) + '\n')
-    print(f'Distilling {config.teacher} ({sum(p.numel() for p in teacher.parameters()) / 1e6:.1f} M weights) into {out} on '
-          f'{device} in {config.precision}: kappa {config.kappa}, {len(prompts)} prompts, {config.kimg:g} thousand images', flush=True)
+    print(f'Distilling {config.teacher} ({sum(p.numel() for p in teacher.parameters()) / 1e6:.1f} '
+          f'M weights) into {out} on {device} in {config.precision}: kappa {config.kappa}, '
+          f'{len(prompts)} prompts, {config.kimg:g} thousand images', flush=True)
     return teacher, vae, encode, prompts, shape, out, device
 
 
@@ -586,32 +618,39 @@ def parse_seeds(text):
 
 
 def open_generator(config):
-    """The folder of the generator to draw with and what its generator.json says; settles config.teacher and config.size."""
+    """The folder of the generator to draw with and what its generator.json says.
+
+    Settles config.teacher and config.size."""
     newest = sorted(Path('runs').glob('*/generator'), key=lambda folder: folder.stat().st_mtime)
-    check(config.generator or newest, 'expected a trained generator, found none under runs/; run `python sid_lsg.py train` '
-                                      'first, give --generator FOLDER, or --teacher-steps 25 for the teacher itself')
+    check(config.generator or newest,
+          'expected a trained generator, found none under runs/; run `python sid_lsg.py train` first, '
+          'give --generator FOLDER, or --teacher-steps 25 for the teacher itself')
     folder = Path(config.generator or newest[-1])
     folder = folder / 'generator' if (folder / 'generator').is_dir() else folder
     said = folder / 'generator.json'
     facts = json.loads(said.read_text(encoding='utf-8')) if said.is_file() else dict(t_init=625)
     config.teacher = config.teacher or facts.get('teacher')
     config.size = config.size or facts.get('size', 0)
-    check(config.teacher, f'expected {said} to name the teacher, whose VAE and text encoder are needed; give --teacher FOLDER')
+    check(config.teacher, f'expected {said} to name the teacher, '
+                          'whose VAE and text encoder are needed; give --teacher FOLDER')
     return folder, facts
 
 
 def open_sample(config):
-    """Check every setting, load the net that draws and the rest, make the folder; what sample() works on."""
+    """Check every setting, load the drawing net and the rest, make the folder; what sample() works on."""
     with user_errors():
         check(config.batch > 0, f'expected --batch of 1 or more, got {config.batch}')
         if config.teacher_steps:
-            check(0 < config.teacher_steps < 1000, f'expected --teacher-steps from 1 to 999, got {config.teacher_steps}')
-            check(config.steps == 1 and not config.generator, '--teacher-steps draws with the teacher: leave out --steps and --generator')
+            check(0 < config.teacher_steps < 1000,
+                  f'expected --teacher-steps from 1 to 999, got {config.teacher_steps}')
+            check(config.steps == 1 and not config.generator,
+                  '--teacher-steps draws with the teacher: leave out --steps and --generator')
             folder = config.teacher = config.teacher or str(TINY_TEACHER)
             config.kappa = 1.5 if config.kappa is None else config.kappa
             facts = dict(generator=folder, teacher_steps=config.teacher_steps, kappa=config.kappa)
         else:
-            check(config.kappa is None, '--kappa guides the teacher, with --teacher-steps; a one-step generator was trained with its own')
+            check(config.kappa is None, '--kappa guides the teacher, with --teacher-steps; '
+                                        'a one-step generator was trained with its own')
             folder, facts = open_generator(config)
             facts = dict(generator=folder, steps=config.steps, t_init=facts['t_init'])
         device = choose_device(config.device)
@@ -622,26 +661,31 @@ def open_sample(config):
         texts = [*config.texts, *(read_prompts(config.prompts, tokenizer) if config.prompts else [])]
         check(texts, 'expected a prompt, in quotes, or --prompts FILE')
         seeds = parse_seeds(config.seeds) if config.seeds else None
-        jobs = [(text, seed) for text in texts for seed in seeds] if seeds else [(text, i) for i, text in enumerate(texts)]
+        jobs = ([(text, seed) for text in texts for seed in seeds] if seeds
+                else [(text, i) for i, text in enumerate(texts)])
         out = new_folder(config.out, 'samples', '*.png')
     return net, vae, encode, jobs, shape, facts, out, device
 
 
 def make_config(kind, given):
-    """The dataclass `kind` from the command line's options; for train, the teacher's sid_lsg.json stands behind them."""
+    """The dataclass `kind` from the command line and, for train, the teacher's sid_lsg.json behind it."""
     file = Path(given.get('teacher', TINY_TEACHER)) / 'sid_lsg.json'
-    beside = json.loads(file.read_text(encoding='utf-8')) if kind is TrainConfig and file.is_file() else {}
+    beside = (json.loads(file.read_text(encoding='utf-8'))
+              if kind is TrainConfig and file.is_file() else {})
     unknown = set(beside) - {f.name for f in fields(kind)}
     check(not unknown, f'expected settings of train in {file}, found {", ".join(sorted(unknown))}')
     return kind(**{**beside, **given})
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0], epilog='See train --help and sample --help.')
+    parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0],
+                                     epilog='See train --help and sample --help.')
     commands = parser.add_subparsers(dest='command', required=True, metavar='train | sample')
-    for name, kind, does in (('train', TrainConfig, 'distil a teacher into a one-step generator'),
-                             ('sample', SampleConfig, 'draw pictures with a generator, or with its teacher')):
-        command = commands.add_parser(name, help=does, description=does, argument_default=argparse.SUPPRESS)
+    for name, kind, does in (
+            ('train', TrainConfig, 'distil a teacher into a one-step generator'),
+            ('sample', SampleConfig, 'draw pictures with a generator, or with its teacher')):
+        command = commands.add_parser(
+            name, help=does, description=does, argument_default=argparse.SUPPRESS)
         for f in fields(kind):
             text, several = f.metadata['help'], f.type is tuple
             if f.name == 'texts':
@@ -649,8 +693,9 @@ def main(arguments=None):
                 continue
             if '(default' not in text:
                 text += f' (default: {f.default[0] if several else f.default})'
-            command.add_argument('--' + f.name.replace('_', '-'), type=float if several else f.type, help=text,
-                                 nargs='+' if several else None, choices=f.metadata.get('choices'))
+            command.add_argument(
+                '--' + f.name.replace('_', '-'), type=float if several else f.type, help=text,
+                nargs='+' if several else None, choices=f.metadata.get('choices'))
     given = vars(parser.parse_args(arguments))
     run, kind = dict(train=(train, TrainConfig), sample=(sample, SampleConfig))[given.pop('command')]
     with user_errors():

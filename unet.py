@@ -1,12 +1,13 @@
 """The UNet of Stable Diffusion 1.5 from scratch in one file: noise in a latent at step t, given text.
 
-Module names are those of diffusers' UNet2DConditionModel, so a published checkpoint or student loads with a
-strict load_state_dict. Every constant that differs from torch's default names its source: "openaimodel.py",
-"attention.py" and "util.py" are CompVis/stable-diffusion @21f890f, ldm/modules/{diffusionmodules/,}.
+Module names are those of diffusers' UNet2DConditionModel, so a published checkpoint or student loads with
+a strict load_state_dict. Every constant that differs from torch's default names its source:
+"openaimodel.py", "attention.py" and "util.py" are CompVis/stable-diffusion @21f890f,
+ldm/modules/{diffusionmodules/,}.
 
     unet = load('path/to/checkpoint');  eps_hat = unet(x, t, context)
 
-Letters in shapes: B batch, C channels, H and W the latent's sides, N = H*W, L = 77 text positions, D = 768.
+Shapes: B batch, C channels, H and W the latent's sides, N = H*W, L = 77 text positions, D = 768.
 """
 
 import json
@@ -21,13 +22,14 @@ from torch import nn
 
 
 def timestep_embedding(t, width):
-    """Integer steps (B,) -> (B, width) float32: cosines, then sines, of t at geometric frequencies 1 ... 1e-4.
+    """Integer t (B,) -> (B, width) float32: cosines then sines of t at geometric frequencies 1 ... 1e-4.
 
-    The order [cos | sin] and the division by width/2 (not width/2 - 1) are util.py 161-166; diffusers calls
-    them flip_sin_to_cos and freq_shift 0. Always float32: t = 999 times a frequency needs its digits.
+    The order [cos | sin] and the division by width/2 (not width/2 - 1) are util.py 161-166 (diffusers:
+    flip_sin_to_cos, freq_shift 0). Always float32: t = 999 times a frequency needs its digits.
     """
     half = width // 2
-    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    frequencies = torch.exp(
+        -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angles = t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
@@ -47,7 +49,7 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, c_in, c_out, c_time, groups):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-5)           # torch's default, as in util.py 199-216
+        self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-5)           # torch's default: util.py 199-216
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.time_emb_proj = nn.Linear(c_time, c_out)
         self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-5)
@@ -57,7 +59,7 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x, temb):
         h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.time_emb_proj(F.silu(temb))[:, :, None, None]  # a SiLU of its own, before the projection
+        h = h + self.time_emb_proj(F.silu(temb))[:, :, None, None]  # its own SiLU, before the projection
         h = self.conv2(F.silu(self.norm2(h)))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
@@ -68,14 +70,15 @@ class Attention(nn.Module):
     def __init__(self, width, context_dim, heads):
         super().__init__()
         self.heads = heads
-        self.to_q = nn.Linear(width, width, bias=False)             # no bias but in the output: attention.py 158-168
+        # No bias but in the output: attention.py 158-168.
+        self.to_q = nn.Linear(width, width, bias=False)
         self.to_k = nn.Linear(context_dim, width, bias=False)
         self.to_v = nn.Linear(context_dim, width, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(width, width)])      # a list, for the name to_out.0 (1 was dropout)
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])      # a list for to_out.0 (1 was dropout)
 
     def forward(self, x, context=None):
         context = x if context is None else context
-        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2)                     # (B, heads, N or L, C/heads)
+        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2)     # (B, heads, N or L, C/heads)
                    for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
         h = F.scaled_dot_product_attention(q, k, v)                 # scaled by (C/heads) ** -0.5
         return self.to_out[0](h.transpose(1, 2).flatten(2))         # (B, N, C)
@@ -87,21 +90,24 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(width, 8 * width)
 
     def forward(self, x):
-        value, gate = self.proj(x).chunk(2, dim=-1)                 # value first, gate second: attention.py 40-44
-        return value * F.gelu(gate)                                 # the exact GELU, not the tanh approximation
+        value, gate = self.proj(x).chunk(2, dim=-1)                 # in this order: attention.py 40-44
+        return value * F.gelu(gate)                                 # exact, not the tanh approximation
 
 
 class FeedForward(nn.Module):
     def __init__(self, width):
         super().__init__()
-        self.net = nn.ModuleList([GEGLU(width), nn.Identity(), nn.Linear(4 * width, width)])    # 1 was dropout
+        self.net = nn.ModuleList(
+            [GEGLU(width), nn.Identity(), nn.Linear(4 * width, width)])     # 1 was dropout
 
     def forward(self, x):
         return self.net[2](self.net[0](x))
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the text, feed-forward; each after a LayerNorm, each added (attention.py 196-215)."""
+    """Self-attention, cross-attention to the text, feed-forward (attention.py 196-215).
+
+    Each comes after a LayerNorm, and each is added."""
 
     def __init__(self, width, context_dim, heads):
         super().__init__()
@@ -123,7 +129,8 @@ class SpatialTransformer(nn.Module):
 
     def __init__(self, width, context_dim, heads, groups):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, width, eps=1e-6)           # NOT 1e-5 as in the resnets: attention.py 76-77
+        # eps is NOT 1e-5 as in the resnets: attention.py 76-77.
+        self.norm = nn.GroupNorm(groups, width, eps=1e-6)
         self.proj_in = nn.Conv2d(width, width, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(width, context_dim, heads)])
         self.proj_out = nn.Conv2d(width, width, 1)
@@ -157,14 +164,15 @@ class Upsample(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """`layers` times resnet (+ transformer), then a downsampling unless last. Returns x and every skip it made."""
+    """`layers` resnets (+ transformers), then a downsampling unless last. Returns x and all its skips."""
 
     def __init__(self, c_in, c_out, c_time, context_dim, heads, layers, groups, attention, last):
         super().__init__()
         self.resnets = nn.ModuleList(
             ResnetBlock(c_in if i == 0 else c_out, c_out, c_time, groups) for i in range(layers))
         self.attentions = nn.ModuleList(
-            SpatialTransformer(c_out, context_dim, heads, groups) for _ in range(layers if attention else 0))
+            SpatialTransformer(c_out, context_dim, heads, groups)
+            for _ in range(layers if attention else 0))
         self.downsamplers = nn.ModuleList([] if last else [Downsample(c_out)])
 
     def forward(self, x, temb, context):
@@ -196,14 +204,15 @@ class UpBlock(nn.Module):
     def __init__(self, c_in, c_out, c_skips, c_time, context_dim, heads, groups, attention, last):
         super().__init__()
         self.resnets = nn.ModuleList(
-            ResnetBlock((c_in if i == 0 else c_out) + c_skip, c_out, c_time, groups) for i, c_skip in enumerate(c_skips))
+            ResnetBlock((c_in if i == 0 else c_out) + c_skip, c_out, c_time, groups)
+            for i, c_skip in enumerate(c_skips))
         self.attentions = nn.ModuleList(
             SpatialTransformer(c_out, context_dim, heads, groups) for _ in (c_skips if attention else []))
         self.upsamplers = nn.ModuleList([] if last else [Upsample(c_out)])
 
     def forward(self, x, skips, temb, context):
         for i, resnet in enumerate(self.resnets):
-            x = resnet(torch.cat([x, skips.pop()], dim=1), temb)    # x first, then the skip: openaimodel.py 735-737
+            x = resnet(torch.cat([x, skips.pop()], dim=1), temb)    # x, then skip: openaimodel.py 735-737
             if self.attentions:
                 x = self.attentions[i](x, context)
         for upsample in self.upsamplers:
@@ -228,7 +237,7 @@ class UNet(nn.Module):
     def __init__(self, channels=(320, 640, 1280, 1280), context_dim=768, heads=8, layers=2, groups=32,
                  attention=(True, True, True, False)):
         super().__init__()
-        self.sample_size = 64       # the side of the latents it was trained on; nothing here depends on it
+        self.sample_size = 64       # side of the latents it was trained on; nothing here depends on it
         c_time, levels = 4 * channels[0], len(channels)
         self.conv_in = nn.Conv2d(4, channels[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(channels[0], c_time)
@@ -250,13 +259,15 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(c, 4, 3, padding=1)
 
     def forward(self, x, t, context):
-        """Latents x (B, 4, H, W), steps t (B,) or () integer in [0, 999], text states (B, L, D) -> noise (B, 4, H, W)."""
+        """The noise (B, 4, H, W) in latents x (B, 4, H, W) at steps t, given text states (B, L, D).
+
+        t is integer, (B,) or (), in [0, 999]."""
         temb = timestep_embedding(t.expand(len(x)), self.conv_in.out_channels)          # (B, 320) float32
         temb = self.time_embedding(temb.to(x.dtype))                # (B, 1280)
         x = self.conv_in(x)                                         # (B, 320, H, W)
         skips = [x]
         for block in self.down_blocks:
-            x, more = block(x, temb, context)                       # 320 H -> 640 H/2 -> 1280 H/4 -> 1280 H/8
+            x, more = block(x, temb, context)                       # 320 H, 640 H/2, 1280 H/4, 1280 H/8
             skips += more
         x = self.mid_block(x, temb, context)                        # (B, 1280, H/8, W/8)
         for block in self.up_blocks:
@@ -268,33 +279,36 @@ class UNet(nn.Module):
 # Files: a folder in diffusers layout, config.json beside diffusion_pytorch_model.safetensors
 
 def load(path):
-    """The UNet in `path`, a folder with a unet/ inside (a checkpoint or a student) or that folder itself, fp32, eval mode.
+    """The UNet in `path`, a folder with a unet/ inside (a checkpoint, a student) or that folder itself.
 
-    config.json sizes the net. Raises FileNotFoundError or ValueError with a sentence."""
+    In fp32, eval mode, sized by config.json. Raises FileNotFoundError or ValueError with a sentence."""
     folder = Path(path)
     if (folder / 'unet').is_dir():
         folder = folder / 'unet'
     for name in ('config.json', 'diffusion_pytorch_model.safetensors'):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f'expected a UNet folder in diffusers layout at {folder}, found no {name} there; '
-                                    'give the folder that holds unet/ or that folder itself')
+            raise FileNotFoundError(
+                f'expected a UNet folder in diffusers layout at {folder}, found no {name} there; '
+                'give the folder that holds unet/ or that folder itself')
     try:
         config = json.loads((folder / 'config.json').read_text())
-        with torch.device('meta'):          # no memory and no random numbers for weights about to be replaced
-            net = UNet(tuple(config['block_out_channels']), config['cross_attention_dim'], config['attention_head_dim'],
-                       config['layers_per_block'], config['norm_num_groups'],
-                       tuple(kind == 'CrossAttnDownBlock2D' for kind in config['down_block_types']))
+        with torch.device('meta'):          # no memory or random numbers for weights about to be replaced
+            net = UNet(
+                tuple(config['block_out_channels']), config['cross_attention_dim'],
+                config['attention_head_dim'], config['layers_per_block'], config['norm_num_groups'],
+                tuple(kind == 'CrossAttnDownBlock2D' for kind in config['down_block_types']))
         net.sample_size = config.get('sample_size', 64)
         weights = load_file(folder / 'diffusion_pytorch_model.safetensors')
         net.load_state_dict({key: w.float() for key, w in weights.items()}, strict=True, assign=True)
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         reason = ' '.join(f'{type(error).__name__}: {error}'.split())
-        raise ValueError(f'{folder} does not hold the UNet that its config.json describes; {reason}') from None
+        raise ValueError(
+            f'{folder} does not hold the UNet that its config.json describes; {reason}') from None
     return net.eval()
 
 
 def save(net, folder, dtype=torch.float32):
-    """Write config.json and safetensors so that load() here and diffusers' UNet2DConditionModel open the folder."""
+    """Write config.json and safetensors, for load() here and diffusers' UNet2DConditionModel to open."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     attention = [bool(block.attentions) for block in net.down_blocks]
@@ -302,7 +316,8 @@ def save(net, folder, dtype=torch.float32):
     config = {
         '_class_name': 'UNet2DConditionModel', 'in_channels': 4, 'out_channels': 4, 'act_fn': 'silu',
         'block_out_channels': [block.resnets[0].conv1.out_channels for block in net.down_blocks],
-        'layers_per_block': len(net.down_blocks[0].resnets), 'norm_num_groups': net.conv_norm_out.num_groups,
+        'layers_per_block': len(net.down_blocks[0].resnets),
+        'norm_num_groups': net.conv_norm_out.num_groups,
         'cross_attention_dim': cross.to_k.in_features, 'attention_head_dim': cross.heads,
         'down_block_types': ['CrossAttnDownBlock2D' if a else 'DownBlock2D' for a in attention],
         'up_block_types': ['CrossAttnUpBlock2D' if a else 'UpBlock2D' for a in reversed(attention)],
@@ -311,5 +326,6 @@ def save(net, folder, dtype=torch.float32):
     weights = {key: w.detach().to('cpu', dtype).contiguous() for key, w in net.state_dict().items()}
     save_file(weights, folder / 'diffusion_pytorch_model.safetensors.tmp', metadata={'format': 'pt'})
     (folder / 'config.json.tmp').write_text(json.dumps(config, indent=2) + '\n')
-    for name in ('diffusion_pytorch_model.safetensors', 'config.json'):      # a name appears only once its file is whole
+    # A name appears only once its file is whole.
+    for name in ('diffusion_pytorch_model.safetensors', 'config.json'):
         (folder / f'{name}.tmp').replace(folder / name)

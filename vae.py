@@ -18,7 +18,7 @@ from torch import nn
 
 
 def group_norm(groups, width):
-    # eps 1e-6 in every norm of the VAE (model.py 38-39); torch's default 1e-5 gives plausible, wrong pictures.
+    # eps 1e-6 in every norm (model.py 38-39); torch's default 1e-5 gives plausible, wrong pictures.
     return nn.GroupNorm(groups, width, eps=1e-6)
 
 
@@ -41,7 +41,7 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over all pixels with ONE head as wide as the picture's channels (model.py 150-202)."""
+    """Self-attention over all pixels, ONE head as wide as the picture's channels (model.py 150-202)."""
 
     def __init__(self, width, groups):
         super().__init__()
@@ -81,7 +81,8 @@ class Upsample(nn.Module):
 class DownBlock(nn.Module):
     def __init__(self, c_in, c_out, layers, groups, last):
         super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(layers))
+        self.resnets = nn.ModuleList(
+            ResnetBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(layers))
         self.downsamplers = nn.ModuleList([] if last else [Downsample(c_out)])
 
     def forward(self, x):
@@ -93,7 +94,8 @@ class DownBlock(nn.Module):
 class UpBlock(nn.Module):
     def __init__(self, c_in, c_out, layers, groups, last):
         super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(layers))
+        self.resnets = nn.ModuleList(
+            ResnetBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(layers))
         self.upsamplers = nn.ModuleList([] if last else [Upsample(c_out)])
 
     def forward(self, x):
@@ -138,7 +140,7 @@ class Decoder(nn.Module):
         widths = [channels[-1], *reversed(channels)]
         self.conv_in = nn.Conv2d(4, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], groups)
-        self.up_blocks = nn.ModuleList(                             # one resnet more a level than the encoder
+        self.up_blocks = nn.ModuleList(                             # one resnet a level more than encoder
             UpBlock(widths[i], widths[i + 1], layers + 1, groups, last=i == len(channels) - 1)
             for i in range(len(channels)))
         self.conv_norm_out = group_norm(groups, channels[0])
@@ -170,7 +172,7 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(4, 4, 1)
 
     def moments(self, images):
-        """Images (B, 3, H, W) in [-1, 1] -> mean and log variance of the posterior, each (B, 4, H/8, W/8), unscaled."""
+        """(B, 3, H, W) in [-1, 1] -> posterior mean and log variance, each (B, 4, H/8, W/8), unscaled."""
         mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)          # ldm/modules/distributions/distributions.py 27-28
 
@@ -187,41 +189,47 @@ class VAE(nn.Module):
 # Files: a folder in diffusers layout, config.json beside diffusion_pytorch_model.safetensors
 
 def load(path):
-    """The VAE in `path`, a checkpoint folder with a vae/ inside or that folder itself, in fp32 and eval mode.
+    """The VAE in `path`, a checkpoint folder with a vae/ inside or that folder itself.
 
-    config.json sizes the net. Raises FileNotFoundError or ValueError with a sentence."""
+    In fp32, eval mode, sized by config.json. Raises FileNotFoundError or ValueError with a sentence."""
     folder = Path(path)
     if (folder / 'vae').is_dir():
         folder = folder / 'vae'
     for name in ('config.json', 'diffusion_pytorch_model.safetensors'):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f'expected a VAE folder in diffusers layout at {folder}, found no {name} there; '
-                                    'give the folder that holds vae/ or that folder itself')
+            raise FileNotFoundError(
+                f'expected a VAE folder in diffusers layout at {folder}, found no {name} there; '
+                'give the folder that holds vae/ or that folder itself')
     try:
         config = json.loads((folder / 'config.json').read_text())
-        with torch.device('meta'):          # no memory and no random numbers for weights about to be replaced
-            vae = VAE(tuple(config['block_out_channels']), config['layers_per_block'], config['norm_num_groups'],
+        with torch.device('meta'):          # no memory or random numbers for weights about to be replaced
+            vae = VAE(tuple(config['block_out_channels']), config['layers_per_block'],
+                      config['norm_num_groups'],
                       config.get('scaling_factor', 0.18215))        # absent from SD 1.5's own config.json
         weights = load_file(folder / 'diffusion_pytorch_model.safetensors')
         vae.load_state_dict({key: w.float() for key, w in weights.items()}, strict=True, assign=True)
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         reason = ' '.join(f'{type(error).__name__}: {error}'.split())
-        raise ValueError(f'{folder} does not hold the VAE that its config.json describes; {reason}') from None
+        raise ValueError(
+            f'{folder} does not hold the VAE that its config.json describes; {reason}') from None
     return vae.eval()
 
 
 def save(vae, folder, dtype=torch.float32):
-    """Write config.json and safetensors so that load() here and diffusers' AutoencoderKL open the folder."""
+    """Write config.json and safetensors, for load() here and diffusers' AutoencoderKL to open."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     channels = [block.resnets[0].conv1.out_channels for block in vae.encoder.down_blocks]
     config = {
-        '_class_name': 'AutoencoderKL', 'in_channels': 3, 'out_channels': 3, 'latent_channels': 4, 'act_fn': 'silu',
-        'block_out_channels': channels, 'layers_per_block': len(vae.encoder.down_blocks[0].resnets),
-        'norm_num_groups': vae.encoder.conv_norm_out.num_groups, 'scaling_factor': vae.scale, 'sample_size': 512,
-        'down_block_types': ['DownEncoderBlock2D'] * len(channels), 'up_block_types': ['UpDecoderBlock2D'] * len(channels)}
+        '_class_name': 'AutoencoderKL', 'in_channels': 3, 'out_channels': 3, 'latent_channels': 4,
+        'act_fn': 'silu', 'block_out_channels': channels,
+        'layers_per_block': len(vae.encoder.down_blocks[0].resnets),
+        'norm_num_groups': vae.encoder.conv_norm_out.num_groups, 'scaling_factor': vae.scale,
+        'sample_size': 512, 'down_block_types': ['DownEncoderBlock2D'] * len(channels),
+        'up_block_types': ['UpDecoderBlock2D'] * len(channels)}
     weights = {key: w.detach().to('cpu', dtype).contiguous() for key, w in vae.state_dict().items()}
     save_file(weights, folder / 'diffusion_pytorch_model.safetensors.tmp', metadata={'format': 'pt'})
     (folder / 'config.json.tmp').write_text(json.dumps(config, indent=2) + '\n')
-    for name in ('diffusion_pytorch_model.safetensors', 'config.json'):      # a name appears only once its file is whole
+    # A name appears only once its file is whole.
+    for name in ('diffusion_pytorch_model.safetensors', 'config.json'):
         (folder / f'{name}.tmp').replace(folder / name)

@@ -1,10 +1,11 @@
-"""Make the tiny teacher in tests/tiny_sd from nothing: draw its world, train its VAE, then its UNet and text encoder.
+"""Make the teacher in tests/tiny_sd from nothing: draw its world, train VAE, then UNet and text encoder.
 
     python tests/make_tiny_sd.py vae        # about 25 minutes on 2 cores; writes tiny_sd/vae
     python tests/make_tiny_sd.py teacher    # about 60 minutes more; writes everything else
 
-Each stage keeps a checkpoint in --work every few minutes and goes on from it when started again. The nets are this
-project's own, in SD's architecture at a thousandth of its size: this is how Stable Diffusion itself is trained.
+Each stage keeps a checkpoint in --work every few minutes and goes on from it when started again. The nets
+are this project's own, in SD's architecture at a thousandth of its size: this is how Stable Diffusion
+itself is trained.
 """
 
 import argparse
@@ -32,7 +33,9 @@ HELD_OUT = 2000
 
 
 def split():
-    """All scenes in a fixed random order: (held out, to train on). No score ever uses a caption that was trained on."""
+    """All scenes in a fixed random order: (held out, to train on).
+
+    No score ever uses a caption that was trained on."""
     scenes = tiny_world.all_scenes()
     order = np.random.default_rng(20240603).permutation(len(scenes))
     scenes = [scenes[i] for i in order]
@@ -40,7 +43,7 @@ def split():
 
 
 def training_scenes(count, seed):
-    """`count` scenes to train on, one in eight of them with a single object (of all captions it is one in forty)."""
+    """`count` scenes to train on, one in eight with a single object (of all captions, one in forty)."""
     rng = np.random.default_rng(seed)
     single = [s for s in split()[1] if len(s[2]) == 1]
     pair = [s for s in split()[1] if len(s[2]) == 2]
@@ -49,7 +52,7 @@ def training_scenes(count, seed):
 
 
 def to_net(pictures):
-    """uint8 (N, 64, 64, 3) -> float (N, 3, 64, 64) in [-1, 1], the inverse of sid_lsg.to_uint8's scale."""
+    """uint8 (N, 64, 64, 3) -> float (N, 3, 64, 64) in [-1, 1], inverse of sid_lsg.to_uint8's scale."""
     return (torch.from_numpy(pictures).permute(0, 3, 1, 2).float() - 128) / 127.5
 
 
@@ -82,8 +85,8 @@ def train(model, step, iterations, batch, lr, checkpoint, seed, ema=0.0):
             print(f'{i:6d} / {iterations}  loss {mean:.4f}  {time.time() - began:.0f} s', flush=True)
         if i % 500 == 499:
             part = checkpoint.with_suffix('.part')
-            torch.save(dict(model=model.state_dict(), average=average.state_dict(), optimizer=optimizer.state_dict(),
-                            iteration=i + 1), part)
+            torch.save(dict(model=model.state_dict(), average=average.state_dict(),
+                            optimizer=optimizer.state_dict(), iteration=i + 1), part)
             part.replace(checkpoint)
     return average.eval()
 
@@ -106,7 +109,7 @@ def make_vae(args):
 
     vae = train(vae, step, args.iterations or 2400, 32, 2e-3, args.work / 'vae.pt', seed=1, ema=0.995)
     vae = vae.to(memory_format=torch.contiguous_format)
-    with torch.no_grad():                       # as SD's 0.18215 was found: latents of unit standard deviation
+    with torch.no_grad():                       # as SD's 0.18215 was found: latents of unit variance
         vae.scale = round(1 / vae.moments(to_net(pictures[:512]))[0].std().item(), 5)
     vae_module.save(vae, TINY / 'vae', torch.float16)
     vae = vae_module.load(TINY)
@@ -115,26 +118,32 @@ def make_vae(args):
         x = to_net(tiny_world.pictures(held_out, seed=2))
         y = torch.cat([vae.decode(vae.encode(part)) for part in x.split(100)])
     share, attributes = tiny_world.right(sid_lsg.to_uint8(y), held_out)
-    print(f'scale {vae.scale}; reconstructions right {share:.4f}, mean error {(x - y).abs().mean():.4f}; {attributes}')
+    print(f'scale {vae.scale}; reconstructions right {share:.4f}, mean error {(x - y).abs().mean():.4f}; '
+          f'{attributes}')
 
 
 def make_tokenizer(captions):
-    """vocab.json and merges.txt in CLIP's format, learned from the captions: each word of this world becomes one token."""
+    """vocab.json and merges.txt in CLIP's format, learned from the captions.
+
+    Each word of this world becomes one token."""
     characters = sorted(pre_tokenizers.ByteLevel.alphabet())
     learned = Engine(models.BPE(end_of_word_suffix='</w>'))
     learned.pre_tokenizer = pre_tokenizers.Split(Regex(clip_text.WORD), behavior='removed', invert=True)
     learned.train_from_iterator(captions, trainers.BpeTrainer(
         vocab_size=2000, min_frequency=1, end_of_word_suffix='</w>', show_progress=False))
     merges = json.loads(learned.to_str())['model']['merges']
-    tokens = characters + [c + '</w>' for c in characters] + [a + b for a, b in merges] + ['<|startoftext|>', '<|endoftext|>']
+    tokens = (characters + [c + '</w>' for c in characters] + [a + b for a, b in merges]
+              + ['<|startoftext|>', '<|endoftext|>'])
     vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     (TINY / 'tokenizer').mkdir(parents=True, exist_ok=True)
-    (TINY / 'tokenizer' / 'vocab.json').write_text(json.dumps(vocab, ensure_ascii=False) + '\n', encoding='utf-8')
+    (TINY / 'tokenizer' / 'vocab.json').write_text(
+        json.dumps(vocab, ensure_ascii=False) + '\n', encoding='utf-8')
     (TINY / 'tokenizer' / 'merges.txt').write_text(
         '#version: 0.2\n' + ''.join(f'{a} {b}\n' for a, b in merges), encoding='utf-8')
     (TINY / 'tokenizer' / 'tokenizer_config.json').write_text(json.dumps(
         {'tokenizer_class': 'CLIPTokenizer', 'model_max_length': 77, 'bos_token': '<|startoftext|>',
-         'eos_token': '<|endoftext|>', 'pad_token': '<|endoftext|>', 'unk_token': '<|endoftext|>'}, indent=2) + '\n')
+         'eos_token': '<|endoftext|>', 'pad_token': '<|endoftext|>', 'unk_token': '<|endoftext|>'},
+        indent=2) + '\n')
     return clip_text.load_tokenizer(TINY)
 
 
@@ -151,17 +160,20 @@ def make_teacher(args):
     vae = vae_module.load(TINY)
     latents = latents_of(vae, tiny_world.pictures(scenes, seed=3))
     tokens, empty = tokenizer(captions), tokenizer([''])
-    print(f'{len(latents)} latents, deviation {latents.std():.3f}, vocabulary {len(tokenizer.engine.get_vocab())}', flush=True)
+    print(f'{len(latents)} latents, deviation {latents.std():.3f}, '
+          f'vocabulary {len(tokenizer.engine.get_vocab())}', flush=True)
     net = unet.UNet((64, 112), context_dim=96, heads=4, layers=1, groups=8, attention=(True, True))
     net.sample_size = tiny_world.SIDE // vae.factor
-    text = clip_text.TextEncoder(len(tokenizer.engine.get_vocab()), width=96, layers=2, heads=4, hidden=384)
+    text = clip_text.TextEncoder(
+        len(tokenizer.engine.get_vocab()), width=96, layers=2, heads=4, hidden=384)
     torch.nn.init.normal_(text.text_model.embeddings.token_embedding.weight, std=0.05)
     torch.nn.init.normal_(text.text_model.embeddings.position_embedding.weight, std=0.05)
 
     def step(generator):
         rows = torch.randint(len(latents), (64,), generator=generator)
         x0, words = latents[rows], tokens[rows]
-        words = torch.where(torch.rand(64, 1, generator=generator) < 0.1, empty, words)    # the prompts dropped: guidance
+        # A tenth of the prompts is dropped, for guidance.
+        words = torch.where(torch.rand(64, 1, generator=generator) < 0.1, empty, words)
         eps = torch.randn(x0.shape, generator=generator)
         t = torch.randint(1000, (64,), generator=generator)
         return F.mse_loss(net(sid_lsg.add_noise(x0, eps, t), t, text(words)), eps)
@@ -176,30 +188,37 @@ def make_teacher(args):
 
 
 def write_rest():
-    """What makes it a checkpoint that others open, and what train and the scores read: settings, prompts, held-out captions."""
+    """What makes it a checkpoint that others open, and what train and the scores read.
+
+    The latter are settings, prompts and held-out captions."""
     config = json.loads((TINY / 'unet' / 'config.json').read_text())
     (TINY / 'scheduler').mkdir(exist_ok=True)
     (TINY / 'scheduler' / 'scheduler_config.json').write_text(json.dumps(
-        {'_class_name': 'DDIMScheduler', 'beta_start': 0.00085, 'beta_end': 0.012, 'beta_schedule': 'scaled_linear',
-         'num_train_timesteps': 1000, 'clip_sample': False, 'set_alpha_to_one': False, 'steps_offset': 1,
-         'prediction_type': 'epsilon'}, indent=2) + '\n')
+        {'_class_name': 'DDIMScheduler', 'beta_start': 0.00085, 'beta_end': 0.012,
+         'beta_schedule': 'scaled_linear', 'num_train_timesteps': 1000, 'clip_sample': False,
+         'set_alpha_to_one': False, 'steps_offset': 1, 'prediction_type': 'epsilon'}, indent=2) + '\n')
     (TINY / 'model_index.json').write_text(json.dumps(
         {'_class_name': 'StableDiffusionPipeline', 'unet': ['diffusers', config['_class_name']],
          'vae': ['diffusers', 'AutoencoderKL'], 'text_encoder': ['transformers', 'CLIPTextModel'],
          'tokenizer': ['transformers', 'CLIPTokenizer'], 'scheduler': ['diffusers', 'DDIMScheduler'],
-         'safety_checker': [None, None], 'feature_extractor': [None, None], 'requires_safety_checker': False}, indent=2) + '\n')
+         'safety_checker': [None, None], 'feature_extractor': [None, None],
+         'requires_safety_checker': False}, indent=2) + '\n')
     prompts = list(dict.fromkeys(tiny_world.caption(s) for s in training_scenes(6000, seed=4)))
     (TINY / 'prompts.txt').write_text('\n'.join(prompts) + '\n')
     (TINY / 'held_out.txt').write_text('\n'.join(tiny_world.caption(s) for s in split()[0]) + '\n')
     (TINY / 'sid_lsg.json').write_text(json.dumps(
-        {'kimg': 9.6, 'batch': 32, 'lr': 1e-4, 'fake_lr': 1e-4, 'ema_kimg': 1.0, 'grid_kimg': 1.6}, indent=2) + '\n')
+        {'kimg': 9.6, 'batch': 32, 'lr': 1e-4, 'fake_lr': 1e-4, 'ema_kimg': 1.0, 'grid_kimg': 1.6},
+        indent=2) + '\n')
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('stage', choices=['vae', 'teacher'])
-    parser.add_argument('--work', type=Path, default=Path('/tmp/make_tiny_sd'), help='where the checkpoints lie')
-    parser.add_argument('--iterations', type=int, default=0, help='optimizer steps (default: the stage\'s own)')
+    parser.add_argument('--work', type=Path, default=Path('/tmp/make_tiny_sd'),
+                        help='where the checkpoints lie')
+    parser.add_argument('--iterations', type=int, default=0,
+                        help='optimizer steps (default: the stage\'s own)')
     parser.add_argument('--pictures', type=int, default=40_000, help='training pictures drawn')
     parser.add_argument('--kl', type=float, default=2e-4, help='weight of the VAE\'s KL term')
     args = parser.parse_args()

@@ -2,9 +2,10 @@
 
     python tests/score_tiny.py runs/000 [--captions 2000] [--kappa 1.5 3]
 
-Prints, for the untouched teacher in one step, the teacher in 25 DDIM steps at each kappa, and the run's generator in
-one step: the share of pictures right in every attribute and in each (tests/tiny_world.py judges pixels, it is no
-network), and the Fréchet distance of their VAE latents to those of as many freshly drawn real pictures.
+Prints, for the untouched teacher in one step, the teacher in 25 DDIM steps at each kappa, and the run's
+generator in one step: the share of pictures right in every attribute and in each (tests/tiny_world.py
+judges pixels, it is no network), and the Fréchet distance of their VAE latents to those of as many
+freshly drawn real pictures.
 """
 
 import argparse
@@ -31,12 +32,16 @@ def moments(latents):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('runs', nargs='*', metavar='RUN', help='run folders that sid_lsg.py train made')
     parser.add_argument('--teacher', default=make_tiny_sd.TINY, help='default: %(default)s')
-    parser.add_argument('--captions', type=int, default=2000, help='held-out captions to use, default: %(default)s')
-    parser.add_argument('--kappa', type=float, nargs='*', default=[1.5, 3.0], help='the teacher\'s guidance, default: %(default)s')
-    parser.add_argument('--steps', type=int, default=25, help='the teacher\'s DDIM steps, default: %(default)s')
+    parser.add_argument('--captions', type=int, default=2000,
+                        help='held-out captions to use, default: %(default)s')
+    parser.add_argument('--kappa', type=float, nargs='*', default=[1.5, 3.0],
+                        help='the teacher\'s guidance, default: %(default)s')
+    parser.add_argument('--steps', type=int, default=25,
+                        help='the teacher\'s DDIM steps, default: %(default)s')
     args = parser.parse_args()
 
     device = sid_lsg.choose_device('')
@@ -60,17 +65,21 @@ def main():
 
     real_pictures = tiny_world.pictures(scenes, seed=5)
     with torch.no_grad():
-        real = torch.cat([vae.encode(x.to(device)) for x in make_tiny_sd.to_net(real_pictures).split(100)]).cpu()
+        real = torch.cat([vae.encode(x.to(device))
+                          for x in make_tiny_sd.to_net(real_pictures).split(100)]).cpu()
         kept = np.concatenate([sid_lsg.to_uint8(vae.decode(x.to(device))) for x in real.split(100)])
         again = torch.cat([vae.encode(x.to(device)) for x in make_tiny_sd.to_net(
             tiny_world.pictures(scenes, seed=6)).split(100)]).cpu()
     attributes = ('background', 'count', 'place', 'size', 'color', 'shape')
-    print(f'{len(captions)} held-out captions\n{"":34s} {"right":>6s} {"FD":>7s}  ' + ' '.join(f'{a:>10s}' for a in attributes))
+    print(f'{len(captions)} held-out captions\n{"":34s} {"right":>6s} {"FD":>7s}  '
+          + ' '.join(f'{a:>10s}' for a in attributes))
 
     def report(name, latents, pictures, began):
         share, each = tiny_world.right(pictures, scenes)
-        distance = fid.frechet_distance(*moments(latents), *moments(real)) if latents is not None else math.nan
-        print(f'{name:34s} {share:6.1%} {distance:7.2f}  ' + ' '.join(f'{each[a]:10.1%}' for a in attributes)
+        distance = (fid.frechet_distance(*moments(latents), *moments(real))
+                    if latents is not None else math.nan)
+        print(f'{name:34s} {share:6.1%} {distance:7.2f}  '
+              + ' '.join(f'{each[a]:10.1%}' for a in attributes)
               + f'   {time.time() - began:.0f} s', flush=True)
 
     report('drawn pictures', again, real_pictures, time.time())

@@ -24,11 +24,12 @@ def batch():
 
     def randn(*shape):
         return torch.randn(shape, generator=g)
-    return randn(5, 4, 8, 8), randn(5, 4, 8, 8), torch.tensor([20, 979, 500, 1, 625]), randn(5, 7, 12), randn(1, 7, 12)
+    return (randn(5, 4, 8, 8), randn(5, 4, 8, 8), torch.tensor([20, 979, 500, 1, 625]),
+            randn(5, 7, 12), randn(1, 7, 12))
 
 
 def test_schedule_has_the_published_values():
-    """alphas_cumprod[625] of LDM's float64 schedule is 0.137769034; the ends follow from the first and last beta."""
+    """alphas_cumprod[625] of LDM's float64 schedule is 0.137769034; first and last beta give the ends."""
     assert sid_lsg.ALPHA.shape == sid_lsg.SIGMA.shape == (1000,) and sid_lsg.ALPHA.dtype == torch.float32
     assert sid_lsg.ALPHA[625].item() ** 2 == pytest.approx(0.137769034, rel=3e-7)
     assert sid_lsg.ALPHA[0].item() ** 2 == pytest.approx(1 - 0.00085, rel=3e-7)
@@ -44,7 +45,9 @@ def test_predict_x0_undoes_add_noise(batch):
 
 
 def test_guidance(batch):
-    """kappa 1 is the conditional prediction, 0 the unconditional, others extrapolate, a dropped prompt is unchanged."""
+    """kappa 1 is the conditional prediction, 0 the unconditional, others extrapolate.
+
+    A dropped prompt is unchanged."""
     x, _, t, context, null = batch
     net = tiny_unet()
     calls = []
@@ -66,7 +69,7 @@ def test_guidance(batch):
 
 
 def test_generator_restores_pure_noise_in_one_step(batch):
-    """G(z, c) = (sigma z - sigma eps(sigma z, s, c)) / a at s = 625; z is not what enters the net, sigma z is."""
+    """G(z, c) = (sigma z - sigma eps(sigma z, s, c)) / a at s = 625; sigma z, not z, enters the net."""
     z, _, _, context, _ = batch
     net, s = tiny_unet(), torch.full((5,), 625)
     with torch.no_grad():
@@ -83,7 +86,7 @@ def test_generator_restores_pure_noise_in_one_step(batch):
 
 
 def test_fake_score_loss_and_gradient_against_a_plain_transcription(batch):
-    """Per sample and per half, with loops and formulas written out; the gradient passes through both halves."""
+    """Per sample and half, with loops and formulas written out; gradients pass through both halves."""
     x_g, eps, t, context, null = batch
     net, plain, kappa = tiny_unet(), tiny_unet(), 1.5
     loss = sid_lsg.fake_score_loss(net, x_g, t, eps, context, null, kappa)
@@ -102,7 +105,7 @@ def test_fake_score_loss_and_gradient_against_a_plain_transcription(batch):
 
 @pytest.mark.parametrize('alpha', [1.0, 0.5, 1.2])
 def test_generator_loss_and_gradient_against_a_plain_transcription(batch, alpha):
-    """The gradient with respect to the generator's weights, through x_g, x_t and both frozen nets, sample by sample."""
+    """Gradients of the generator's weights, through x_g, x_t and both frozen nets, sample by sample."""
     z, eps, t, context, null = batch
     teacher, fake = tiny_unet(1).requires_grad_(False), tiny_unet(2).requires_grad_(False)
     G, plain = tiny_unet(3), tiny_unet(3)
@@ -125,7 +128,8 @@ def test_generator_loss_and_gradient_against_a_plain_transcription(batch, alpha)
         if alpha == 1:                      # the shorter form that the paper's alpha = 1 allows
             total = total + torch.sum((f_phi - f_psi) * (f_psi - g)) / weight
         else:
-            total = total + torch.sum((f_phi - f_psi) * (f_phi - g) - alpha * (f_phi - f_psi) ** 2) / weight
+            total = total + torch.sum(
+                (f_phi - f_psi) * (f_phi - g) - alpha * (f_phi - f_psi) ** 2) / weight
     (total / 5).backward()
     assert loss.item() == pytest.approx(total.item() / 5, rel=1e-4)
     for p, q in zip(G.parameters(), plain.parameters()):
@@ -142,8 +146,9 @@ def test_a_nan_sample_is_left_out_of_value_and_gradient(batch):
     loss.backward()
     keep = [0, 1, 3, 4]
     rest = sid_lsg.generator_loss(x_g[keep], x_phi[keep], x_psi[keep], 1.0)
-    assert loss.item() == pytest.approx(rest.item() * 4 / 5, rel=1e-5)      # still divided by the whole batch
-    assert all(tensor.grad.isfinite().all() and (tensor.grad[2] == 0).all() for tensor in (x_g, x_phi, x_psi))
+    assert loss.item() == pytest.approx(rest.item() * 4 / 5, rel=1e-5)  # still divided by the whole batch
+    assert all(tensor.grad.isfinite().all() and (tensor.grad[2] == 0).all()
+               for tensor in (x_g, x_phi, x_psi))
 
 
 def config(**changes):
@@ -154,8 +159,8 @@ def test_draws_depend_on_the_sample_and_not_on_the_micro_batch():
     prompts = [f'prompt {i}' for i in range(6)]
 
     def draw(iteration, half, rows, drop=0.0, seed=3):
-        return sid_lsg.draw_samples(config(seed=seed), prompts, list, (4, 8, 8), torch.device('cpu'), iteration, half,
-                                    torch.tensor(rows), drop)
+        return sid_lsg.draw_samples(config(seed=seed), prompts, list, (4, 8, 8), torch.device('cpu'),
+                                    iteration, half, torch.tensor(rows), drop)
     texts, z, t, eps = draw(5, 1, range(8))
     part_texts, part_z, part_t, part_eps = draw(5, 1, [3, 4])
     assert part_texts == texts[3:5] and torch.equal(part_z, z[3:5])
@@ -170,15 +175,16 @@ def test_prompts_come_without_replacement_steps_in_range_and_a_tenth_is_dropped(
     seen, steps, dropped = [], [], 0
     for iteration in range(100):
         for half in (0, 1):
-            texts, _, t, _ = sid_lsg.draw_samples(config(), prompts, list, (1, 1, 1), torch.device('cpu'), iteration, half,
-                                                  torch.arange(8))
+            texts, _, t, _ = sid_lsg.draw_samples(config(), prompts, list, (1, 1, 1), torch.device('cpu'),
+                                                  iteration, half, torch.arange(8))
             seen += texts
             steps += t.tolist()
-            dropped += sid_lsg.draw_samples(config(), prompts, list, (1, 1, 1), torch.device('cpu'), iteration, half,
-                                            torch.arange(8), 0.1)[0].count('')
+            dropped += sid_lsg.draw_samples(config(), prompts, list, (1, 1, 1), torch.device('cpu'),
+                                            iteration, half, torch.arange(8), 0.1)[0].count('')
     epochs = [seen[i:i + 10] for i in range(0, 1600, 10)]
     assert all(sorted(epoch) == prompts for epoch in epochs) and epochs[0] != epochs[1]
-    assert min(steps) >= 20 and max(steps) <= 979 and max(steps) > 970 and abs(np.mean(steps) - 499.5) < 25
+    assert (min(steps) >= 20 and max(steps) <= 979 and max(steps) > 970
+            and abs(np.mean(steps) - 499.5) < 25)
     assert 120 < dropped < 200                  # of 1,600, 160 expected, 12 a standard deviation
 
 
@@ -208,8 +214,8 @@ def test_ddim_agrees_with_diffusers(batch):
     from diffusers import DDIMScheduler
     z, _, _, context, null = batch
     net = tiny_unet()
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule='scaled_linear', clip_sample=False,
-                              set_alpha_to_one=False, steps_offset=1)
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule='scaled_linear',
+                              clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     scheduler.set_timesteps(7)
     x = z
     with torch.no_grad():

@@ -42,7 +42,7 @@ def learn(text, count):
     words = Counter()
     for word in re.findall(r'\w+|[^\w\s]+', text):
         *first, last = [characters[b] for b in word.encode()]
-        words[*first, last + '</w>'] += 1
+        words[(*first, last + '</w>')] += 1
     merges = []
     for _ in range(count):
         pairs = Counter()
@@ -124,6 +124,7 @@ PIECES = [
     '!!!', '?!', '...', '--', '_', '(', ')', '$5.99', '#tag', '@user', 'a/b', '<b>', '</w>', 'x</w>', '&amp;',
     '&quot;', '&#39;',
     # the two special tokens spelled out, whole and in part
+    '<|ENDOFTEXT|>?! ', "<|StartOfText|>'S",
     '<|endoftext|>', '<|startoftext|>', '<|', '|>', 'endoftext', '<|endoftext', 'startoftext|>',
     # spaces of every kind, and invisible characters that are none
     ' ', '   ', '\n', '\t', '\r\n', '\u00a0', '\u3000', '\u2028', '\x1c', '\x85', '\u200b', '\ufeff',
@@ -175,6 +176,8 @@ def test_lost_is_what_does_not_fit(ours):
     for text in ('', CAPTIONS[0], fits):
         assert ours.lost(text) == ''
     assert ours.lost(fits + ' a red bus') == 'a red bus'
+    assert ours.lost(fits + " It's a  DON'T, café") == "It's a  DON'T, café"       # as written, not as tokenised
+    assert ours.lost(fits + '<|endoftext|>') == '<|endoftext|>'
     assert torch.equal(ours([fits + ' a red bus']), ours([fits]))
 
 

@@ -1,8 +1,9 @@
-"""The world of the tiny teacher: 64 x 64 pictures of one or two coloured shapes, their captions, and their judge.
+"""The tiny teacher's world: 64 x 64 pictures of one or two coloured shapes, their captions, their judge.
 
-Pictures are drawn with Pillow at four times the size and box-filtered down; position, size and rotation vary, so
-one caption has many pictures. The judge sees nothing but pixels: `read` finds the background and every object with
-its colour, shape, size and place, by measuring, with no trained weights, and `right` compares that with the caption.
+Pictures are drawn with Pillow at four times the size and box-filtered down; position, size and rotation
+vary, so one caption has many pictures. The judge sees nothing but pixels: `read` finds the background and
+every object with its colour, shape, size and place, by measuring, with no trained weights, and `right`
+compares that with the caption.
 """
 
 from itertools import product
@@ -14,11 +15,14 @@ from scipy import ndimage
 
 SIDE = 64
 SHAPES = ('circle', 'square', 'triangle', 'star', 'ring', 'cross')
-COLORS = {'red': (220, 30, 30), 'green': (30, 160, 50), 'blue': (50, 100, 255), 'yellow': (250, 220, 30),
-          'purple': (140, 40, 190), 'orange': (255, 130, 0), 'cyan': (0, 215, 215), 'pink': (255, 120, 190)}
-BACKGROUNDS = {'black': (0, 0, 0), 'white': (255, 255, 255), 'gray': (128, 128, 128), 'navy': (10, 20, 90)}
-RADIUS = {'small': (10.0, 12.0), 'large': (19.0, 23.0), 'pair': (11.5, 13.0)}      # of the circle around a shape, pixels
-HOLE = 0.5                                                                         # inner radius of a ring / outer
+COLORS = {'red': (220, 30, 30), 'green': (30, 160, 50), 'blue': (50, 100, 255),
+          'yellow': (250, 220, 30), 'purple': (140, 40, 190), 'orange': (255, 130, 0),
+          'cyan': (0, 215, 215), 'pink': (255, 120, 190)}
+BACKGROUNDS = {'black': (0, 0, 0), 'white': (255, 255, 255), 'gray': (128, 128, 128),
+               'navy': (10, 20, 90)}
+# Of the circle around a shape, in pixels.
+RADIUS = {'small': (10.0, 12.0), 'large': (19.0, 23.0), 'pair': (11.5, 13.0)}
+HOLE = 0.5          # inner radius of a ring / outer
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -29,7 +33,8 @@ def all_scenes():
     """Every scene of the world: 384 with one object, 16,128 with two of different colours."""
     things = list(product(COLORS, SHAPES))
     single = [(b, size, (a,)) for b in BACKGROUNDS for size in ('small', 'large') for a in things]
-    pair = [(b, r, (a, c)) for b in BACKGROUNDS for r in ('left of', 'above') for a in things for c in things if a[0] != c[0]]
+    pair = [(b, r, (a, c)) for b in BACKGROUNDS for r in ('left of', 'above')
+            for a in things for c in things if a[0] != c[0]]
     return single + pair
 
 
@@ -42,7 +47,8 @@ def caption(scene):
 
 def scene_of(text):
     """The inverse of caption()."""
-    what, background = text.replace('an orange', 'a orange').removesuffix(' background').rsplit(' on a ', 1)
+    what, background = (text.replace('an orange', 'a orange')
+                        .removesuffix(' background').rsplit(' on a ', 1))
     for relation in ('left of', 'above'):
         if f' {relation} ' in what:
             parts = what.split(f' {relation} ')
@@ -57,7 +63,8 @@ def scene_of(text):
 def outline(shape, turn):
     """Corners of a shape in the unit circle, turned by `turn` radians; None for circle and ring."""
     def at(radius, steps, of):
-        return radius * math.sin(turn + 2 * math.pi * steps / of), -radius * math.cos(turn + 2 * math.pi * steps / of)
+        return (radius * math.sin(turn + 2 * math.pi * steps / of),
+                -radius * math.cos(turn + 2 * math.pi * steps / of))
     if shape == 'square':
         return [at(1, i + 0.5, 4) for i in range(4)]
     if shape == 'triangle':
@@ -85,7 +92,7 @@ def draw_shape(canvas, shape, x, y, radius, turn, fill, behind):
 
 
 def draw(scene, rng):
-    """One picture of the scene, uint8 (64, 64, 3); `rng` is a numpy Generator that varies place, size and turn."""
+    """One picture of the scene, uint8 (64, 64, 3); the numpy Generator `rng` varies place, size, turn."""
     background, relation, objects = scene
     behind, k = BACKGROUNDS[background], 4
     canvas = Image.new('RGB', (k * SIDE, k * SIDE), behind)
@@ -110,19 +117,21 @@ def pictures(scenes, seed):
 # ---------------------------------------------------------------------------------------------------
 # The judge
 
-FRAME = 1.75        # half the side of the frame in which shapes are compared, in radii of a disc of equal area
+FRAME = 1.75        # half the side of the frame for comparing shapes, in radii of a disc of equal area
 GRID = 32           # its side in samples
-MATCH = 0.65        # overlap (intersection over union) with the best template that a shape must reach; drawn ones reach 0.82
+MATCH = 0.65        # overlap (intersection over union) with the best template that a shape must reach;
+                    # drawn ones reach 0.82
 SPECK = 12.0        # pixels; anything smaller is no object
 
 
 def framed(alpha):
-    """A coverage map (H, W) in [0, 1] -> (GRID, GRID), centred on its mass and scaled to the same area."""
+    """A coverage map (H, W) in [0, 1] -> (GRID, GRID), centred on its mass and scaled to equal area."""
     mass = alpha.sum()
     rows, columns = np.indices(alpha.shape)
     center = np.array([(alpha * rows).sum(), (alpha * columns).sum()]) / mass
     step = 2 * FRAME * math.sqrt(mass / math.pi) / GRID
-    return ndimage.affine_transform(alpha, [step, step], center - step * (GRID - 1) / 2, (GRID, GRID), order=1)
+    return ndimage.affine_transform(
+        alpha, [step, step], center - step * (GRID - 1) / 2, (GRID, GRID), order=1)
 
 
 def make_templates():
@@ -146,8 +155,9 @@ def nearest(rgb, palette):
 
 
 def read(image):
-    """What a picture (64, 64, 3) uint8 shows: (background, [object, ...]), an object being a dict of color, shape
-    ('?' where no shape fits), overlap, radius, x, y."""
+    """What a picture (64, 64, 3) uint8 shows: (background, [object, ...]).
+
+    An object is a dict of color, shape ('?' where no shape fits), overlap, radius, x, y."""
     image = image.astype(np.float64)
     frame = np.concatenate([image[:2].reshape(-1, 3), image[-2:].reshape(-1, 3),
                             image[:, :2].reshape(-1, 3), image[:, -2:].reshape(-1, 3)])
@@ -161,7 +171,8 @@ def read(image):
             continue
         inside = own & (distance >= np.median(distance[own]))
         rgb = np.median(image[inside], axis=0)
-        reach = ndimage.binary_dilation(own, iterations=2) & ((labels == 0) | own)      # its soft edge, not a neighbour's
+        # With its soft edge, not a neighbour's.
+        reach = ndimage.binary_dilation(own, iterations=2) & ((labels == 0) | own)
         alpha = np.where(reach, np.clip(distance / np.linalg.norm(rgb - behind), 0, 1), 0)
         patch = framed(alpha)
         overlap = {shape: (np.minimum(patch, t).sum((1, 2)) / np.maximum(patch, t).sum((1, 2))).max()
@@ -170,16 +181,20 @@ def read(image):
         rows, columns = np.indices(alpha.shape)
         objects.append(dict(color=nearest(rgb, COLORS), shape=shape if overlap[shape] >= MATCH else '?',
                             overlap=overlap[shape], radius=math.sqrt(alpha.sum() / AREA[shape]),
-                            x=(alpha * columns).sum() / alpha.sum(), y=(alpha * rows).sum() / alpha.sum()))
+                            x=(alpha * columns).sum() / alpha.sum(),
+                            y=(alpha * rows).sum() / alpha.sum()))
     return nearest(behind, BACKGROUNDS), objects
 
 
-AREA = {'circle': math.pi, 'square': 2.0, 'triangle': 0.75 * math.sqrt(3), 'star': 10 * 0.5 * 0.45 * math.sin(math.pi / 5),
-        'ring': math.pi * (1 - HOLE ** 2), 'cross': 4 * 0.3 * (2 * 0.95 - 0.3)}      # of each in the unit circle
+AREA = {'circle': math.pi, 'square': 2.0, 'triangle': 0.75 * math.sqrt(3),
+        'star': 10 * 0.5 * 0.45 * math.sin(math.pi / 5), 'ring': math.pi * (1 - HOLE ** 2),
+        'cross': 4 * 0.3 * (2 * 0.95 - 0.3)}        # of each in the unit circle
 
 
 def judge(image, scene):
-    """The attributes of a scene and whether the picture has each right: {name: bool}. A picture is right if all are."""
+    """The attributes of a scene and whether the picture has each right: {name: bool}.
+
+    A picture is right if all are."""
     background, relation, wanted = scene
     found_background, found = read(image)
     result = {'background': found_background == background, 'count': len(found) == len(wanted)}
@@ -198,7 +213,7 @@ def judge(image, scene):
 
 
 def right(images, scenes):
-    """Share of pictures right in every attribute, and {attribute: share among the pictures where it was judged}."""
+    """Share of pictures right in every attribute, and {attribute: share of those where it was judged}."""
     judged = [judge(image, scene) for image, scene in zip(images, scenes)]
     names = ('background', 'count', 'place', 'size', 'color', 'shape')
     shares = {name: float(np.mean([j[name] for j in judged if name in j] or [np.nan])) for name in names}

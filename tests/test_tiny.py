@@ -1,0 +1,70 @@
+"""The tiny world, its judge, and the checkpoint folder that everything runs on by default."""
+
+import dataclasses
+import json
+
+import numpy as np
+import torch
+
+import make_tiny_sd
+import sid_lsg
+import tiny_world
+import unet
+
+TINY = make_tiny_sd.TINY
+HELD_OUT = (TINY / 'held_out.txt').read_text().splitlines()
+
+
+def test_captions_and_scenes_are_each_others_inverse():
+    scenes = tiny_world.all_scenes()
+    assert len(scenes) == 384 + 16128 and len({tiny_world.caption(s) for s in scenes}) == len(scenes)
+    assert all(tiny_world.scene_of(tiny_world.caption(s)) == s for s in scenes[::7])
+
+
+def test_the_judge_knows_right_from_wrong():
+    """Drawn pictures are right; with any single attribute of the caption exchanged, they are wrong."""
+    scenes = tiny_world.all_scenes()
+    scenes = scenes[:384:4] + scenes[384::80]
+    pictures = tiny_world.pictures(scenes, seed=7)
+    share, each = tiny_world.right(pictures, scenes)
+    assert share == 1.0 and set(each.values()) == {1.0}
+
+    def other(name, names):
+        names = list(names)
+        return names[(names.index(name) + 1) % len(names)]
+    for (background, relation, objects), picture in zip(scenes, pictures):
+        (color, shape), rest = objects[0], objects[1:]
+        relations = ('left of', 'above') if rest else ('small', 'large')
+        for wrong in [(other(background, tiny_world.BACKGROUNDS), relation, objects),
+                      (background, other(relation, relations), objects),
+                      (background, relation, ((other(color, tiny_world.COLORS), shape), *rest)),
+                      (background, relation, ((color, other(shape, tiny_world.SHAPES)), *rest)),
+                      (background, relation, objects[:1] if rest else objects * 2)]:
+            assert not all(tiny_world.judge(picture, wrong).values())
+    assert not any(all(tiny_world.judge(np.roll(p, 32, (0, 1)), s).values())       # torn apart at the edges
+                   for p, s in zip(pictures, scenes) if len(s[2]) == 2)
+
+
+def test_held_out_captions_are_not_trained_on():
+    prompts = (TINY / 'prompts.txt').read_text().splitlines()
+    assert len(HELD_OUT) == len(set(HELD_OUT)) == 2000 and not set(HELD_OUT) & set(prompts)
+    held_out, training = make_tiny_sd.split()
+    assert [tiny_world.caption(s) for s in held_out] == HELD_OUT
+    assert set(prompts) <= {tiny_world.caption(s) for s in training}
+
+
+def test_the_folder_is_small_and_its_settings_are_settings():
+    assert sum(f.stat().st_size for f in TINY.rglob('*') if f.is_file()) <= 10_000_000
+    settings = json.loads((TINY / 'sid_lsg.json').read_text())
+    assert set(settings) <= {f.name for f in dataclasses.fields(sid_lsg.TrainConfig)}
+
+
+@torch.no_grad()
+def test_the_teacher_draws_what_captions_say():
+    """12 of 16 held-out captions at the least; a net that ignores the text gets none right."""
+    teacher = unet.load(TINY)
+    vae, encode, _ = sid_lsg.load_parts(TINY, torch.device('cpu'))
+    texts, null = HELD_OUT[:16], encode([''])
+    pictures = sid_lsg.draw_pictures(lambda z, fresh, c: sid_lsg.ddim(teacher, z, c, null, 3.0, 15), vae,
+                                     encode(texts), range(16), sid_lsg.latent_shape(0, teacher, vae))
+    assert tiny_world.right(pictures, [tiny_world.scene_of(text) for text in texts])[0] >= 0.75
