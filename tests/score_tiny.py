@@ -42,6 +42,7 @@ def main():
                         help='the teacher\'s guidance, default: %(default)s')
     parser.add_argument('--steps', type=int, default=25,
                         help='the teacher\'s DDIM steps, default: %(default)s')
+    parser.add_argument('--picture', help='PNG to write: the first 8 captions by teacher and runs, side by side')
     args = parser.parse_args()
 
     device = sid_lsg.choose_device('')
@@ -74,7 +75,10 @@ def main():
     print(f'{len(captions)} held-out captions\n{"":34s} {"right":>6s} {"FD":>7s}  '
           + ' '.join(f'{a:>10s}' for a in attributes))
 
+    rows = []
+
     def report(name, latents, pictures, began):
+        rows.append((name, pictures[:8]))
         share, each = tiny_world.right(pictures, scenes)
         distance = (fid.frechet_distance(*moments(latents), *moments(real))
                     if latents is not None else math.nan)
@@ -94,6 +98,11 @@ def main():
         began = time.time()
         report(f'teacher, {args.steps} steps, kappa {kappa:g}',
                *draw(lambda z, c: sid_lsg.ddim(teacher, z, c, null, kappa, args.steps)), began)
+    if args.picture:
+        rows = [row for row in rows[2:] if 'kappa' not in row[0]] + rows[-1:]       # the teacher at its last kappa
+        sid_lsg.save_png(sid_lsg.make_grid([image for _, pictures in rows for image in pictures],
+                                           [f'{name}: {text}' for name, _ in rows for text in captions[:8]], 8),
+                         args.picture)
 
 
 if __name__ == '__main__':
