@@ -92,6 +92,65 @@ def test_same_seed_same_weights_and_micro_batches_add_up(run, teacher, tmp_path)
     assert distance(parts) < 0.02 * distance(other) and distance(other) > 0
 
 
+# No prompt is dropped where the fake net is not guided, whatever --drop says.
+@pytest.mark.parametrize('kappas, dropped', [((0.5, 2.0, 3.0), 0.5), ((1.0, 1.0, 2.0), 0.0)])
+def test_train_is_the_method_written_out(kappas, dropped, teacher, tmp_path):
+    """Two iterations of train() against the whole method in a second hand: one batch instead of micro-batches, no
+    frozen weights, gradients by autograd.grad, Adam by its formula. Losses, distances, norms and final weights."""
+    (kappa1, kappa2, kappa4), alpha, batch, lr = kappas, 1.2, 4, 1e-3
+    out = tmp_path / 'run'
+    config = sid_lsg.make_config(sid_lsg.TrainConfig, dict(
+        teacher=str(teacher), out=str(out), kappa=[kappa1, kappa2, kappa4], alpha=alpha, batch=batch, micro_batch=2, lr=lr,
+        fake_lr=2 * lr, drop=0.5, kimg=0.008, log_seconds=0.0))
+    sid_lsg.train(config)
+    log = [json.loads(line) for line in (out / 'log.jsonl').read_text().splitlines()]
+
+    phi, psi, G = unet.load(teacher), unet.load(teacher), unet.load(teacher)
+    _, encode, _ = sid_lsg.load_parts(teacher, torch.device('cpu'))
+    prompts = (teacher / 'prompts.txt').read_text().split('\n')[:20]
+    moments = {net: [torch.zeros_like(p) for p in net.parameters()] for net in (psi, G)}
+
+    def guided(net, x_t, t, c, kappa):
+        return (1 - kappa) * net(x_t, t, encode([''] * batch)) + kappa * net(x_t, t, c)
+
+    def picture(z, c):
+        s = torch.full((batch,), 625)
+        return (sid_lsg.SIGMA[625] * z - sid_lsg.SIGMA[625] * G(sid_lsg.SIGMA[625] * z, s, c)) / sid_lsg.ALPHA[625]
+
+    def adam(net, loss, rate, n):
+        gradients = torch.autograd.grad(loss, list(net.parameters()))
+        with torch.no_grad():
+            for p, g, v in zip(net.parameters(), gradients, moments[net]):
+                v.mul_(0.999).addcmul_(g, g, value=0.001)
+                p -= rate * g / ((v / (1 - 0.999 ** n)).sqrt() + 1e-8)
+        return torch.cat([g.flatten() for g in gradients]).norm().item()
+
+    for n in (1, 2):
+        def draw(half, drop):
+            c, z, t, eps = sid_lsg.draw_samples(config, prompts, encode, (4, 4, 4), torch.device('cpu'), n - 1, half,
+                                                torch.arange(batch), drop)
+            return c, z, t, eps, sid_lsg.ALPHA[t][:, None, None, None], sid_lsg.SIGMA[t][:, None, None, None]
+        c, z, t, eps, a, sigma = draw(0, dropped)
+        loss_fake = ((guided(psi, a * picture(z, c).detach() + sigma * eps, t, c, kappa1) - eps) ** 2).sum() / batch
+        expected = dict(loss_fake=loss_fake.item(), grad_fake=adam(psi, loss_fake, 2 * lr, n))
+        c, z, t, eps, a, sigma = draw(1, 0.0)
+        x_g = picture(z, c)
+        x_t = a * x_g + sigma * eps
+        x_psi = (x_t - sigma * guided(psi, x_t, t, c, kappa2)) / a
+        x_phi = (x_t - sigma * guided(phi, x_t, t, c, kappa4)) / a
+        w = (x_g - x_phi).abs().mean((1, 2, 3), keepdim=True).detach()
+        loss_G = ((x_phi - x_psi) * (x_phi - x_g - alpha * (x_phi - x_psi)) / w).sum() / batch
+        expected.update(loss_G=loss_G.item(), xg_xphi=(x_g - x_phi).abs().mean().item(),
+                        xphi_xpsi=(x_phi - x_psi).abs().mean().item(), grad_G=adam(G, loss_G, lr, n))
+        # Each step of Adam turns rounding of tiny gradients into whole steps, so the second iteration agrees less.
+        assert {k: log[n - 1][k] for k in expected} == pytest.approx(expected, rel=1e-4 if n == 1 else 2e-2), n
+    # ema_beta is 0.5 ** 20 by now: the average is the generator itself
+    start, end = load_file(teacher / 'unet' / 'diffusion_pytorch_model.safetensors'), weights(out)
+    moved = sum((end[key] - start[key]).abs().sum() for key in end)
+    apart = sum((end[key] - p.detach()).abs().sum() for key, p in G.named_parameters())
+    assert apart < 0.03 * moved
+
+
 @pytest.mark.parametrize('changes', [dict(kappa=[0, 0, 1]), dict(kappa=[1]), dict(kappa=[0.5, 1, 1]), dict(precision='bf16'),
                                      dict(precision='fp16'), dict(alpha=1.2, size=64)])
 def test_every_strategy_and_precision_trains(changes, teacher, tmp_path):

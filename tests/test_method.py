@@ -151,6 +151,16 @@ def test_a_nan_sample_is_left_out_of_value_and_gradient(batch):
                for tensor in (x_g, x_phi, x_psi))
 
 
+def test_a_nan_sample_is_left_out_of_the_fake_score_loss(batch):
+    x_g, eps, t, context, null = batch
+    net, broken, keep = tiny_unet(), x_g.clone(), [0, 1, 3, 4]
+    broken[2, 0, 0, 0] = math.nan
+    with torch.no_grad():
+        loss = sid_lsg.fake_score_loss(net, broken, t, eps, context, null, 1.5)
+        rest = sid_lsg.fake_score_loss(net, x_g[keep], t[keep], eps[keep], context[keep], null, 1.5)
+    assert loss.item() == pytest.approx(rest.item() * 4 / 5, rel=1e-5)
+
+
 def config(**changes):
     return dataclasses.replace(sid_lsg.TrainConfig(batch=8, micro_batch=8, seed=3), **changes)
 
