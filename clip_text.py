@@ -8,13 +8,13 @@ load_state_dict.
     tokenizer, encoder = load_tokenizer(path), load(path);  context = encoder(tokenizer(['a red star']))
 """
 
+import contextlib
 import json
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer as Engine, models, normalizers, pre_tokenizers
 from torch import nn
 
@@ -39,6 +39,7 @@ class Tokenizer:
     """
 
     def __init__(self, vocab, merges):
+        self.vocab, self.merges = vocab, merges
         self.start, self.end = vocab['<|startoftext|>'], vocab['<|endoftext|>']
         self.engine = Engine(
             models.BPE(vocab=vocab, merges=merges, end_of_word_suffix='</w>', unk_token='<|endoftext|>'))
@@ -132,50 +133,80 @@ class TextEncoder(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Files: a checkpoint folder in diffusers layout, with text_encoder/ and tokenizer/
+# Files
+
+# Where to look in the local cache when a checkpoint has none: all SD 1.x have CLIP ViT-L/14's tokenizer.
+TOKENIZERS = ('stable-diffusion-v1-5/stable-diffusion-v1-5', 'openai/clip-vit-large-patch14')
+
 
 def load_tokenizer(path):
-    """The tokenizer in `path`, a checkpoint folder with a tokenizer/ inside or that folder itself."""
-    folder = Path(path)
+    """The tokenizer in `path`: a folder with vocab.json and merges.txt, or with such a tokenizer/ inside.
+
+    A repo id in the local Hugging Face cache will do as well. A single file has no tokenizer; then the
+    cache's is taken, if there is one."""
+    import unet
+    folder = unet.locate(path)
+    if folder.is_file():
+        for name in TOKENIZERS:
+            with contextlib.suppress(FileNotFoundError):
+                return load_tokenizer(unet.locate(name))
+        raise FileNotFoundError(
+            f'{folder} is a single file, which has no tokenizer; give a folder with the vocab.json and '
+            'merges.txt of SD 1.5 (the tokenizer/ of its repository, 1.6 MB) with --tokenizer')
     if (folder / 'tokenizer').is_dir():
         folder = folder / 'tokenizer'
     for name in ('vocab.json', 'merges.txt'):
         if not (folder / name).is_file():
             raise FileNotFoundError(f'expected a CLIP tokenizer at {folder}, found no {name} there; '
                                     'give the folder that holds tokenizer/ or that folder itself')
-    vocab = json.loads((folder / 'vocab.json').read_text(encoding='utf-8'))
+    vocab = unet.read_json(folder / 'vocab.json')
     lines = (folder / 'merges.txt').read_text(encoding='utf-8').split('\n')
     merges = [tuple(line.split()) for line in lines if line and not line.startswith('#version')]
-    return Tokenizer(vocab, merges)
+    try:
+        return Tokenizer(vocab, merges)
+    except Exception as error:          # tokenizers raises nothing more special
+        raise ValueError(f'vocab.json and merges.txt in {folder} are not a CLIP tokenizer '
+                         f'({type(error).__name__}: {error}); download both again') from None
+
+
+def save_tokenizer(tokenizer, folder):
+    """Write vocab.json, merges.txt and a config, for load_tokenizer() here and transformers to open."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = ['#version: 0.2', *(f'{a} {b}' for a, b in tokenizer.merges)]
+    facts = {'tokenizer_class': 'CLIPTokenizer', 'model_max_length': LENGTH, 'do_lower_case': True,
+             'bos_token': '<|startoftext|>', 'eos_token': '<|endoftext|>', 'pad_token': '<|endoftext|>',
+             'unk_token': '<|endoftext|>'}
+    (folder / 'vocab.json').write_text(
+        json.dumps(tokenizer.vocab, ensure_ascii=False) + '\n', encoding='utf-8')
+    (folder / 'merges.txt').write_text('\n'.join(lines) + '\n', encoding='utf-8')
+    (folder / 'tokenizer_config.json').write_text(json.dumps(facts, indent=2) + '\n')
 
 
 def load(path):
-    """The text encoder in `path`, a checkpoint folder with a text_encoder/ inside or that folder itself.
+    """The text encoder in `path`, in fp32 and eval mode.
 
-    In fp32, eval mode, sized by config.json. Raises FileNotFoundError or ValueError with a sentence."""
-    folder = Path(path)
-    if (folder / 'text_encoder').is_dir():
-        folder = folder / 'text_encoder'
-    for name in ('config.json', 'model.safetensors'):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f'expected a CLIP text encoder at {folder}, found no {name} there; '
-                                    'give the folder that holds text_encoder/ or that folder itself')
-    try:
-        config = json.loads((folder / 'config.json').read_text())
-        with torch.device('meta'):          # no memory or random numbers for weights about to be replaced
-            encoder = TextEncoder(
-                config['vocab_size'], config['hidden_size'], config['num_hidden_layers'],
-                config['num_attention_heads'], config['intermediate_size'])
-        weights = {key: w.float() for key, w in load_file(folder / 'model.safetensors').items()}
-        # Positions are 0 ... 76: stored position_ids are a leftover of old transformers, wrong in some
-        # merged files.
-        weights.pop('text_model.embeddings.position_ids', None)
-        encoder.load_state_dict(weights, strict=True, assign=True)
-    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = ' '.join(f'{type(error).__name__}: {error}'.split())
-        raise ValueError(
-            f'{folder} does not hold the text encoder that its config.json describes; {reason}') from None
-    return encoder.eval()
+    path: a folder in diffusers layout (with a text_encoder/ inside, or that folder itself) whose
+    config.json sizes the net; an original .safetensors or .ckpt, sized by its tensors' shapes; or a repo
+    id in the local Hugging Face cache. Raises FileNotFoundError or ValueError with a sentence."""
+    import unet         # reads all files; here, since the net above needs nothing of it
+    config, tensors, file = unet.open_part(path, 'text_encoder')
+    prefix = '' if config is not None else unet.PREFIX['text_encoder'] + 'transformer.'
+
+    def names(key):     # without the first component in what transformers since 5.6 writes, and NAI wrote
+        return [prefix + key, prefix + key.removeprefix('text_model.')]
+    if config is None:
+        def side(key, axis, default):
+            return next((tensors[name].shape[axis] for name in names(key) if name in tensors), default)
+        config = dict(
+            vocab_size=side('text_model.embeddings.token_embedding.weight', 0, 49408),
+            hidden_size=side('text_model.embeddings.token_embedding.weight', 1, 768),
+            intermediate_size=side('text_model.encoder.layers.0.mlp.fc1.weight', 0, 3072),
+            num_hidden_layers=12, num_attention_heads=12)
+    encoder = unet.sized(lambda c: TextEncoder(
+        c['vocab_size'], c['hidden_size'], c['num_hidden_layers'], c['num_attention_heads'],
+        c['intermediate_size']), config, file)
+    return unet.fill(encoder, tensors, names, file, scope=prefix and unet.PREFIX['text_encoder'])
 
 
 def save(encoder, folder, dtype=torch.float32):

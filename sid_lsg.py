@@ -7,6 +7,7 @@ arXiv 2404.04057 (SiD).
     python sid_lsg.py train                 # the tiny teacher of tests/tiny_sd, minutes on a laptop
     python sid_lsg.py train --teacher PATH --prompts FILE   # a Stable Diffusion 1.5, the paper's defaults
     python sid_lsg.py sample "a red star above a blue ring on a black background"
+    python sid_lsg.py convert runs/000 student.safetensors  # for other programs
 
     paper            | here      | shape (SD 1.5, 512 px) | what it is
     -----------------|-----------|------------------------|-----------------------------------------------
@@ -34,8 +35,11 @@ import argparse
 import contextlib
 import copy
 import functools
+import io
 import json
 import math
+import pickle
+import shutil
 import sys
 import textwrap
 import time
@@ -46,6 +50,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import save_file
 
 import clip_text
 import unet
@@ -63,12 +68,16 @@ def option(default, help, **more):
 
 PRECISION = option('fp32', 'fp32, or autocast to bf16 or fp16 over fp32 weights',
                    choices=['fp32', 'bf16', 'fp16'])
+TOKENIZER = option('', 'folder with vocab.json and merges.txt (default: the teacher\'s, or the local '
+                   'Hugging Face cache\'s if the teacher is a single file)')
 DEVICE = option('', 'cuda, cuda:1, cpu ... (default: cuda if there is one, else cpu)')
 
 
 @dataclass
 class TrainConfig:
-    teacher: str = option(str(TINY_TEACHER), 'checkpoint folder in diffusers layout')
+    teacher: str = option(str(TINY_TEACHER), 'Stable Diffusion 1.5 to distil: folder in diffusers '
+                          'layout, original .safetensors or .ckpt, or repo id in the local Hugging Face cache')
+    tokenizer: str = TOKENIZER
     prompts: str = option('', 'text file, one prompt a line (default: prompts.txt in the teacher folder)')
     out: str = option('', 'run folder to make (default: the next free runs/NNN)')
     device: str = DEVICE
@@ -105,6 +114,7 @@ class SampleConfig:
     generator: str = option('', 'run folder or generator folder (default: the newest run in runs/)')
     teacher: str = option('', 'checkpoint whose VAE and text encoder to use '
                           '(default: the generator\'s teacher)')
+    tokenizer: str = TOKENIZER
     seeds: str = option('', 'such as 0-7,42: every prompt with each of them '
                         '(default: prompt i with seed i)')
     steps: int = option(1, 'steps of the generator', choices=[1, 2, 4])
@@ -115,6 +125,19 @@ class SampleConfig:
     out: str = option('', 'folder to make (default: the next free samples/NNN)')
     device: str = DEVICE
     precision: str = PRECISION
+
+
+@dataclass
+class ConvertConfig:
+    source: str = option('', 'what to read: any checkpoint that train takes as teacher, a run or '
+                         'generator folder, or an official SiD-LSG generator (.pkl)')
+    target: str = option('', 'what to write: one original-style file if it ends in .safetensors, '
+                         'else a folder in diffusers layout')
+    teacher: str = option('', 'checkpoint whose VAE and text encoder go with a generator '
+                          '(default: what it was distilled from)')
+    tokenizer: str = TOKENIZER
+    precision: str = option('fp16', 'of the weights written', choices=['fp32', 'fp16'])
+    overwrite: bool = option(False, 'replace what is at the target')
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -375,8 +398,8 @@ def save_progress(config, ema, vae, encode, prompts, shape, out, seen):
     save_png(make_grid(images, texts, 4), out / f'grid_{seen:09d}.png')
     if seen:
         unet.save(ema, out / 'generator' / 'unet')
-        facts = dict(teacher=str(Path(config.teacher).resolve()), t_init=config.t_init,
-                     size=shape[1] * vae.factor, images=seen)
+        facts = dict(teacher=full_path(config.teacher), tokenizer=full_path(config.tokenizer),
+                     t_init=config.t_init, size=shape[1] * vae.factor, images=seen)
         write_text(out / 'generator' / 'generator.json', json.dumps(facts, indent=2) + '\n')
 
 
@@ -459,6 +482,11 @@ def save_png(image, path, **text):
     Path(f'{path}.tmp').replace(path)
 
 
+def full_path(name):
+    """An absolute path, for use from elsewhere; '' and repo ids stay what they are."""
+    return str(Path(name).resolve()) if name and Path(name).exists() else name
+
+
 def write_text(path, text):
     Path(f'{path}.tmp').write_text(text, encoding='utf-8')
     Path(f'{path}.tmp').replace(path)
@@ -477,6 +505,151 @@ def make_grid(images, labels, columns):
         words = textwrap.wrap(label, cell // 6, max_lines=lines, placeholder=' ...')
         pen.multiline_text((x, y + cell), '\n'.join(words), 'black', font, spacing=2)
     return sheet
+
+
+# ---------------------------------------------------------------------------------------------------
+# Checkpoints in other shapes
+
+def convert(config):
+    """Any checkpoint or generator, to a folder in diffusers layout or to one original-style file."""
+    with user_errors():
+        source, target = Path(config.source), Path(config.target)
+        check(config.overwrite or not target.exists(),
+              f'{target} exists already, nothing was overwritten; give another name, or --overwrite')
+        single = target.suffix == '.safetensors'
+        folder = source / 'generator' if (source / 'generator').is_dir() else source
+        said = folder / 'generator.json'
+        facts = unet.read_json(said) if said.is_file() else {}
+        pickled = source.is_file() and is_official_pickle(source)
+        student = bool(facts) or pickled
+        net = read_official_pickle(source) if pickled else unet.load(folder if facts else config.source)
+        alone = pickled or source.is_dir() and not (source / 'vae').is_dir()
+        teacher = config.teacher or facts.get('teacher') or ('' if alone else config.source)
+        check(teacher or not single,
+              f'{source} is a UNet alone, and {target} needs a VAE and a text encoder too; '
+              'give --teacher, the checkpoint to take them from')
+        vae, text = (vae_module.load(teacher), clip_text.load(teacher)) if teacher else (None, None)
+        dtype = {'fp32': torch.float32, 'fp16': torch.float16}[config.precision]
+        new = target.with_name(target.name + '.tmp')
+        remove(new)
+        try:
+            if single:
+                save_file(original_tensors(net, vae, text, dtype), new, metadata={'format': 'pt'})
+            elif teacher:
+                tokenizer = clip_text.load_tokenizer(
+                    config.tokenizer or facts.get('tokenizer') or teacher)
+                write_pipeline(new, net, vae, text, tokenizer, dtype, 'DDPM' if student else 'DDIM')
+            else:
+                unet.save(net, new / 'unet', dtype)
+            if student and not single:
+                facts = {'t_init': 625, **facts}
+                facts.pop('teacher', None)  # its VAE and text encoder are in the folder, or nowhere
+                write_text(new / 'generator.json', json.dumps(facts, indent=2) + '\n')
+            if target.is_dir():             # with --overwrite
+                check((target / 'unet').is_dir(), f'{target} is a folder that holds no checkpoint, '
+                                                  'so it is not replaced; give another name')
+            remove(target)
+            new.rename(target)
+        finally:
+            remove(new)
+    print(f'{target}: {"a one-step generator" if student else "a diffusion model"} in {config.precision}')
+
+
+def remove(path):
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def original_tensors(net, vae, text, dtype):
+    """The 1,131 tensors of an original single file, as web UIs open it: {name: tensor}.
+
+    ValueError where the nets are not built as SD 1.5 is, since such a file cannot say so."""
+    with torch.device('meta'):
+        like = unet.UNet(), vae_module.VAE(), clip_text.TextEncoder()
+    heads = (net.mid_block.attentions[0].transformer_blocks[0].attn2.heads,
+             text.text_model.encoder.layers[0].self_attn.heads)
+    check(all(a.state_dict().keys() == b.state_dict().keys() for a, b in zip((net, vae, text), like))
+          and (heads, net.conv_norm_out.num_groups, vae.scale) == ((8, 12), 32, 0.18215),
+          'an original-style file cannot say how its nets are built, so expected SD 1.5\'s way, 4 levels '
+          'of 2 resnets and 8 heads; these are built otherwise, write a folder instead')
+    names, prefix = unet.original_names(net), unet.PREFIX
+    tensors = {prefix['unet'] + names[key]: w for key, w in net.state_dict().items()}
+    for key, w in vae.state_dict().items():     # there the attention is convolutions of 1 x 1
+        w = w[:, :, None, None] if '.attentions.' in key and w.ndim == 2 else w
+        tensors[prefix['vae'] + vae_module.original_name(key)] = w
+    text_prefix = prefix['text_encoder'] + 'transformer.'
+    tensors |= {text_prefix + key: w for key, w in text.state_dict().items()}
+    tensors = {name: w.to(dtype).contiguous() for name, w in tensors.items()}
+    tensors[text_prefix + 'text_model.embeddings.position_ids'] = torch.arange(clip_text.LENGTH)[None]
+    return tensors
+
+
+def write_pipeline(folder, net, vae, text, tokenizer, dtype, scheduler):
+    """A whole checkpoint in diffusers layout; `scheduler` is the class it opens with there, less its end.
+
+    DDPM makes one step from t_init to 0 exact; DDIM is for what takes many steps."""
+    unet.save(net, folder / 'unet', dtype)
+    vae_module.save(vae, folder / 'vae', dtype)
+    clip_text.save(text, folder / 'text_encoder', dtype)
+    clip_text.save_tokenizer(tokenizer, folder / 'tokenizer')
+    (folder / 'scheduler').mkdir(exist_ok=True)
+    write_text(folder / 'scheduler' / 'scheduler_config.json', json.dumps(
+        {'_class_name': f'{scheduler}Scheduler', 'beta_start': 0.00085, 'beta_end': 0.012,
+         'beta_schedule': 'scaled_linear', 'num_train_timesteps': 1000, 'clip_sample': False,
+         'set_alpha_to_one': False, 'steps_offset': 1, 'prediction_type': 'epsilon'}, indent=2) + '\n')
+    write_text(folder / 'model_index.json', json.dumps(
+        {'_class_name': 'StableDiffusionPipeline', 'unet': ['diffusers', 'UNet2DConditionModel'],
+         'vae': ['diffusers', 'AutoencoderKL'], 'text_encoder': ['transformers', 'CLIPTextModel'],
+         'tokenizer': ['transformers', 'CLIPTokenizer'],
+         'scheduler': ['diffusers', f'{scheduler}Scheduler'], 'safety_checker': [None, None],
+         'feature_extractor': [None, None], 'requires_safety_checker': False}, indent=2) + '\n')
+
+
+def is_official_pickle(file):
+    """Whether a file is a bare pickle, as the official code writes generators, not one by torch.save."""
+    with open(file, 'rb') as opened:
+        head = opened.read(64)
+    # torch.save's old format begins with its magic number, its present one is a zip.
+    return head[:1] == b'\x80' and b'l\xfc\x9cF\xf9 j\xa8P\x19' not in head
+
+
+class OfficialUnpickler(pickle.Unpickler):
+    """Reads pickle.dump(dict(ema=UNet2DConditionModel)) without running anything that is in it.
+
+    Every class of diffusers and torch.nn becomes an empty one that only keeps its attributes; tensors are
+    rebuilt by torch's own functions; any other name is refused."""
+
+    def find_class(self, module, name):
+        known = {
+            'collections.OrderedDict': dict,
+            'torch._utils._rebuild_parameter': torch._utils._rebuild_parameter,
+            'torch._utils._rebuild_tensor_v2': torch._utils._rebuild_tensor_v2,
+            # torch's own is a complete torch.load, which would unpickle anything.
+            'torch.storage._load_from_bytes': lambda b: torch.load(io.BytesIO(b), weights_only=True)}
+        if f'{module}.{name}' in known:
+            return known[f'{module}.{name}']
+        check(module.startswith(('diffusers.', 'torch.nn.modules.', 'xformers.', 'peft.')),
+              f'asks for {module}.{name}, which no generator needs')
+        return type(name, (dict,), {'__init__': lambda self, *_: None})
+
+
+def read_official_pickle(file):
+    """The UNet in an official SiD-LSG generator (training/sid_training_loop.py 641-650), fp32."""
+    def tensors(module, prefix=''):
+        for kind in ('_parameters', '_buffers'):
+            for name, tensor in module.__dict__[kind].items():
+                if tensor is not None:
+                    yield prefix + name, tensor
+        for name, child in module.__dict__['_modules'].items():
+            if child is not None:
+                yield from tensors(child, f'{prefix}{name}.')
+    try:
+        with open(file, 'rb') as opened:
+            module = OfficialUnpickler(opened).load()['ema']
+        config, weights = module.__dict__['_internal_dict'], dict(tensors(module))
+    except Exception as error:          # whatever a damaged or hostile file brings about
+        raise ValueError(f'{file} is no official SiD-LSG generator, or cut off ({type(error).__name__}: '
+                         f'{error}); expected a pickle of a diffusers UNet under "ema"') from None
+    return unet.from_config(config, weights, file)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -513,9 +686,12 @@ def choose_device(name):
     return device
 
 
-def load_parts(path, device):
-    """The VAE and `encode` of a checkpoint: encode(list of B str) -> context (B, 77, D) on the device."""
-    vae, tokenizer, text = vae_module.load(path), clip_text.load_tokenizer(path), clip_text.load(path)
+def load_parts(path, device, tokenizer=''):
+    """The VAE and `encode` of a checkpoint: encode(list of B str) -> context (B, 77, D) on the device.
+
+    Its tokenizer is third; `tokenizer` may name another one's folder."""
+    tokenizer = clip_text.load_tokenizer(tokenizer or path)
+    vae, text = vae_module.load(path), clip_text.load(path)
     vae.to(device).requires_grad_(False), text.to(device)
 
     @torch.no_grad()
@@ -595,7 +771,7 @@ def open_run(config):
         check(min(config.kimg, config.grid_kimg) > 0, 'expected --kimg and --grid-kimg above 0')
         device = choose_device(config.device)
         teacher = unet.load(config.teacher).to(device).requires_grad_(False)
-        vae, encode, tokenizer = load_parts(config.teacher, device)
+        vae, encode, tokenizer = load_parts(config.teacher, device, config.tokenizer)
         shape = latent_shape(config.size, teacher, vae)
         prompts = read_prompts(config.prompts or Path(config.teacher) / 'prompts.txt', tokenizer)
         out = new_folder(config.out, 'runs', 'config.json')
@@ -629,7 +805,9 @@ def open_generator(config):
     folder = folder / 'generator' if (folder / 'generator').is_dir() else folder
     said = folder / 'generator.json'
     facts = json.loads(said.read_text(encoding='utf-8')) if said.is_file() else dict(t_init=625)
-    config.teacher = config.teacher or facts.get('teacher')
+    whole = folder.is_file() or (folder / 'vae').is_dir()       # convert writes such
+    config.teacher = config.teacher or (str(folder) if whole else facts.get('teacher'))
+    config.tokenizer = config.tokenizer or facts.get('tokenizer', '')
     config.size = config.size or facts.get('size', 0)
     check(config.teacher, f'expected {said} to name the teacher, '
                           'whose VAE and text encoder are needed; give --teacher FOLDER')
@@ -655,7 +833,7 @@ def open_sample(config):
             facts = dict(generator=folder, steps=config.steps, t_init=facts['t_init'])
         device = choose_device(config.device)
         net = unet.load(folder).to(device).requires_grad_(False)
-        vae, encode, tokenizer = load_parts(config.teacher, device)
+        vae, encode, tokenizer = load_parts(config.teacher, device, config.tokenizer)
         shape = latent_shape(config.size, net, vae)
         warn_of_cuts(config.texts, tokenizer)
         texts = [*config.texts, *(read_prompts(config.prompts, tokenizer) if config.prompts else [])]
@@ -679,11 +857,12 @@ def make_config(kind, given):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0],
-                                     epilog='See train --help and sample --help.')
-    commands = parser.add_subparsers(dest='command', required=True, metavar='train | sample')
+                                     epilog='See train --help, sample --help and convert --help.')
+    commands = parser.add_subparsers(dest='command', required=True, metavar='train | sample | convert')
     for name, kind, does in (
             ('train', TrainConfig, 'distil a teacher into a one-step generator'),
-            ('sample', SampleConfig, 'draw pictures with a generator, or with its teacher')):
+            ('sample', SampleConfig, 'draw pictures with a generator, or with its teacher'),
+            ('convert', ConvertConfig, 'rewrite a checkpoint or generator for other programs')):
         command = commands.add_parser(
             name, help=does, description=does, argument_default=argparse.SUPPRESS)
         for f in fields(kind):
@@ -691,13 +870,20 @@ def main(arguments=None):
             if f.name == 'texts':
                 command.add_argument('texts', nargs='*', metavar='PROMPT', help=text)
                 continue
+            if f.name in ('source', 'target'):
+                command.add_argument(f.name, metavar=dict(source='IN', target='OUT')[f.name], help=text)
+                continue
+            if f.type is bool:
+                command.add_argument('--' + f.name, action='store_true', help=text)
+                continue
             if '(default' not in text:
                 text += f' (default: {f.default[0] if several else f.default})'
             command.add_argument(
                 '--' + f.name.replace('_', '-'), type=float if several else f.type, help=text,
                 nargs='+' if several else None, choices=f.metadata.get('choices'))
     given = vars(parser.parse_args(arguments))
-    run, kind = dict(train=(train, TrainConfig), sample=(sample, SampleConfig))[given.pop('command')]
+    run, kind = dict(train=(train, TrainConfig), sample=(sample, SampleConfig),
+                     convert=(convert, ConvertConfig))[given.pop('command')]
     with user_errors():
         config = make_config(kind, given)
     run(config)

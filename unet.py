@@ -12,6 +12,10 @@ Shapes: B batch, C channels, H and W the latent's sides, N = H*W, L = 77 text po
 
 import json
 import math
+import os
+import pickle
+import re
+import sys
 from pathlib import Path
 
 import torch
@@ -276,35 +280,296 @@ class UNet(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Files: a folder in diffusers layout, config.json beside diffusion_pytorch_model.safetensors
+# Files. The first half serves vae.py and clip_text.py too: it finds and reads every layout that Stable
+# Diffusion 1.5 is found in, and says in a sentence what a file is that is something else. Names of
+# files and tensors are those of the real ones; where they are from stands in tests/test_checkpoints.py.
+
+# In an original file, one for everything, a part's tensors begin with its prefix.
+PREFIX = {'unet': 'model.diffusion_model.', 'vae': 'first_stage_model.',
+          'text_encoder': 'cond_stage_model.'}
+STEM = {'unet': 'diffusion_pytorch_model', 'vae': 'diffusion_pytorch_model', 'text_encoder': 'model'}
+
+# What real files hold beside the weights: the schedule, EMA copies and counters, a VAE's loss, and of
+# CLIP the positions (0 ... 76, but wrong in some merged files) and what serves its image half.
+BESIDE = re.compile(
+    r'betas|((sqrt|log)_)?((one_minus|recip|recipm1)_)?alphas_cumprod(_prev)?|lvlb_weights|logvar|'
+    r'posterior_(variance|log_variance_clipped|mean_coef[12])|scale_factor|model_ema\..*|loss\..*|'
+    r'(.*\.)?(position_ids|logit_scale|text_projection(\.weight)?)')
+
+# What else is found under such names: part of a tensor's name, and what its owner is.
+FOREIGN = {'lora': 'a LoRA', 'control_model.': 'a ControlNet', 'controlnet_': 'a ControlNet',
+           'conditioner.embedders.': 'Stable Diffusion XL',
+           'cond_stage_model.model.': 'Stable Diffusion 2', 'double_blocks.': 'Flux',
+           'joint_blocks.': 'Stable Diffusion 3'}
+CHANNELS = {9: 'an inpainting model', 8: 'InstructPix2Pix', 5: 'a depth model'}     # of conv_in
+CONTEXT = {1024: 'Stable Diffusion 2', 2048: 'Stable Diffusion XL'}                 # of cross-attention
+
+
+def read_tensors(file):
+    """{name: tensor} of a .safetensors, .ckpt or .bin file, memory-mapped; its content decides which.
+
+    Nothing in the file is run. ValueError says what it is instead."""
+    with open(file, 'rb') as opened:
+        head = opened.read(512)
+    if head[8:9] == b'{':                   # safetensors: 8 bytes of length, then JSON
+        try:
+            return load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f'{file} is a safetensors file cut off or damaged ({error}); '
+                             'download it again') from None
+    if head.startswith(b'version https://git-lfs'):
+        raise ValueError(f'{file} is a git-lfs pointer, not the weights; '
+                         'run `git lfs pull` where it lies, or download the file itself')
+    if head.lstrip().startswith(b'<'):
+        raise ValueError(f'{file} is an HTML page, not weights; '
+                         'download it again, logged in if the site asks for it')
+    if head[:2] != b'PK' and head[:1] != b'\x80':
+        raise ValueError(f'{file} is neither safetensors nor a torch file, or cut off at its very start; '
+                         'expected .safetensors, .ckpt or .bin')
+
+    class Skipped:                          # stands for what .ckpt files hold beside weights
+        def __init__(self, *_): pass
+        def __setstate__(self, _): pass
+    names = ['pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint', 'numpy.dtype',
+             'numpy.core.multiarray.scalar', 'numpy._core.multiarray.scalar']
+    try:
+        with torch.serialization.safe_globals([(Skipped, name) for name in names]):
+            state = torch.load(file, map_location='cpu', weights_only=True, mmap=head[:2] == b'PK')
+    except pickle.UnpicklingError as error:
+        asked = re.search(r'GLOBAL (\S+)', str(error))
+        raise ValueError(
+            f'{file} is a pickle that asks for {asked[1] if asked else "more than tensors"}, so it was '
+            'not opened; an official SiD-LSG generator is read safely by `python sid_lsg.py convert`, '
+            'of anything else look for a .safetensors') from None
+    except (RuntimeError, EOFError, KeyError, ValueError) as error:
+        reason = ' '.join(str(error).split())[:120]
+        raise ValueError(f'{file} is a torch file cut off or damaged ({reason}); '
+                         'download it again') from None
+    while isinstance(state, dict) and 'state_dict' in state:
+        state = state['state_dict']
+    if not isinstance(state, dict):
+        raise ValueError(f'{file} holds a {type(state).__name__}; expected tensors by name')
+    return {name: tensor for name, tensor in state.items() if torch.is_tensor(tensor)}
+
+
+def locate(path):
+    """The Path that `path` names: a file, a folder, or a repo id in the local Hugging Face cache."""
+    if Path(path).exists():
+        return Path(path)
+    names = [str(path)]
+    if names[0] in SAME:
+        names = [names[0], *(name for name in SAME if name != names[0])]
+    home = os.environ.get('HF_HOME') or Path(
+        os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'huggingface'
+    cache = Path(os.environ.get('HF_HUB_CACHE') or os.environ.get('HUGGINGFACE_HUB_CACHE')
+                 or Path(home) / 'hub')     # the order of huggingface_hub/constants.py 160-181
+    for name in names if re.fullmatch(r'[\w.-]+/[\w.-]+', names[0]) else ():
+        repo = cache / f'models--{name.replace("/", "--")}'
+        if not repo.is_dir():
+            continue
+        main = repo / 'refs' / 'main'
+        if not main.is_file():
+            raise FileNotFoundError(f'{repo} has no refs/main, its download never finished; repeat it')
+        snapshot = repo / 'snapshots' / main.read_text().strip()
+        if not snapshot.is_dir():
+            raise FileNotFoundError(f'{main} names the snapshot {snapshot.name}, which is not there; '
+                                    'download the repository again')
+        return snapshot
+    raise FileNotFoundError(
+        f'expected a checkpoint at {path}, found nothing there; give a folder in diffusers layout, '
+        f'a .safetensors or .ckpt file, or a repo id in {cache}')
+
+
+SAME = ('stable-diffusion-v1-5/stable-diffusion-v1-5', 'runwayml/stable-diffusion-v1-5')  # it moved
+
+
+def read_json(file):
+    """The dict in a JSON file."""
+    try:
+        content = json.loads(Path(file).read_text(encoding='utf-8'))
+    except ValueError as error:
+        raise ValueError(f'{file} is not JSON ({error}); download it again') from None
+    if not isinstance(content, dict):
+        raise ValueError(f'{file} holds a {type(content).__name__}; expected settings by name')
+    return content
+
+
+def open_part(path, part):
+    """What load() needs of a checkpoint's part, 'unet', 'vae' or 'text_encoder': (config, tensors, file).
+
+    config is a folder's config.json, None for a single file. Raises FileNotFoundError or ValueError."""
+    place = locate(path)
+    if place.is_file():
+        return None, open_single(place, part), place
+    folder = place / part if (place / part).is_dir() else place
+    if folder == place and not (place / 'config.json').is_file():
+        index = place / 'model_index.json'
+        kind = read_json(index).get('_class_name') if index.is_file() else None
+        there = ', '.join(sorted(f'{p.name}/' for p in place.iterdir() if p.is_dir())) or 'no folder'
+        raise FileNotFoundError(
+            f'expected {part}/ or a config.json in {place}, found {there}'
+            + (f'; its model_index.json says {kind}' if kind else '')
+            + '; give a whole Stable Diffusion 1.5, or download what is missing')
+    if not (folder / 'config.json').is_file():
+        raise FileNotFoundError(f'expected config.json beside the weights in {folder}; download it too')
+    config = read_json(folder / 'config.json')
+    stem = STEM[part]
+    old = 'pytorch_model' if part == 'text_encoder' else stem
+    names = [f'{stem}.safetensors', f'{stem}.fp16.safetensors', f'{old}.bin', f'{old}.fp16.bin']
+    file = next((folder / name for name in names if (folder / name).is_file()), None)
+    if file is None:
+        raise FileNotFoundError(f'expected weights in {folder}, found none of {", ".join(names)}; '
+                                'download one of them, or give another folder')
+    tensors = read_tensors(file)
+    check_kind(tensors, file, config)
+    return config, tensors, file
+
+
+def open_single(file, part):
+    """The tensors of an original file in which `part` must be; a VAE may also be alone in its file."""
+    tensors = read_tensors(file)
+    check_kind(tensors, file, {})
+    if not any(name.startswith(PREFIX[part]) for name in tensors):
+        if part == 'vae' and 'decoder.conv_in.weight' in tensors:
+            return {PREFIX['vae'] + name if not BESIDE.fullmatch(name) else name: tensor
+                    for name, tensor in tensors.items()}
+        what = ('a VAE' if 'decoder.conv_in.weight' in tensors else
+                'a UNet' if 'conv_in.weight' in tensors or 'input_blocks.0.0.weight' in tensors else
+                f'{len(tensors)} other tensors')
+        raise ValueError(f'{file} holds {what} alone, no {PREFIX[part]}*; expected a whole Stable '
+                         f'Diffusion 1.5 with its {part}')
+    for name in tensors:
+        if not name.startswith(tuple(PREFIX.values())) and not BESIDE.fullmatch(name):
+            raise ValueError(f'{file} has a tensor {name}, which has no place in a Stable Diffusion 1.5; '
+                             f'expected only {", ".join(PREFIX.values())} and what belongs to them')
+    return tensors
+
+
+def check_kind(tensors, file, config):
+    """ValueError where a file or its folder's config is of another model than Stable Diffusion 1.5."""
+    kinds = [kind for part, kind in FOREIGN.items() if any(part in name.lower() for name in tensors)]
+    for name, w in tensors.items():
+        if name.endswith(('input_blocks.0.0.weight', 'conv_in.weight')) and w.ndim == 4:
+            kinds += [CHANNELS[w.shape[1]]] if w.shape[1] in CHANNELS and 'decoder' not in name else []
+        if name.endswith('attn2.to_k.weight') and w.shape[-1] in CONTEXT:
+            kinds.append(CONTEXT[w.shape[-1]])
+    if 'UNet' in config.get('_class_name', '') and config.get('cross_attention_dim') in CONTEXT:
+        kinds.append(CONTEXT[config['cross_attention_dim']])
+    if kinds:
+        raise ValueError(f'{file} is {kinds[0]}; expected Stable Diffusion 1.5')
+
+
+def fill(net, tensors, names, file, scope=''):
+    """`net`, built on the meta device, with its weights: each the first of names(key) that there is.
+
+    Strict: within `scope` every tensor must be used. No copy of what is fp32. ValueError names a tensor
+    that is missing, left over, of another shape, or not finite."""
+    weights, used = {}, set()
+    for key, empty in net.state_dict().items():
+        name = next((name for name in names(key) if name in tensors), None)
+        if name is None:
+            raise ValueError(f'{file} lacks the tensor {names(key)[0]}, '
+                             f'expected with shape {tuple(empty.shape)}')
+        w = tensors[name]
+        if empty.ndim == 2 and w.ndim > 2 and set(w.shape[2:]) == {1}:
+            w = w.flatten(1)                # original VAEs have their attention as convolutions
+        if w.shape != empty.shape:
+            raise ValueError(f'{file} has the tensor {name} with shape {tuple(w.shape)}, '
+                             f'expected {tuple(empty.shape)}')
+        # A sum is the fastest look at every number; it cannot overflow where they are weights.
+        if not torch.isfinite(w.sum(dtype=torch.float32)):
+            raise ValueError(f'{file} has NaN or infinite numbers in the tensor {name}; '
+                             'expected finite weights, download it again')
+        weights[key] = w.detach().float()
+        used.add(name)
+    for name in tensors:
+        if name.startswith(scope) and name not in used and not BESIDE.fullmatch(name):
+            raise ValueError(f'{file} has a tensor {name} of shape {tuple(tensors[name].shape)} '
+                             'that has no place in the model')
+    net.load_state_dict(weights, strict=True, assign=True)
+    return net.eval()
+
+
+def sized(make, config, file):
+    """make(config) on the meta device: no memory or random numbers for weights about to be replaced."""
+    try:
+        with torch.device('meta'):
+            return make(config)
+    except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
+        raise ValueError(f'the sizes given with {file} are not those of a Stable Diffusion 1.5 '
+                         f'({type(error).__name__}: {error})') from None
+
+
+# ---------------------------------------------------------------------------------------------------
+# The UNet's own files
+
+RESNET = {'norm1': 'in_layers.0', 'conv1': 'in_layers.2', 'time_emb_proj': 'emb_layers.1',
+          'norm2': 'out_layers.0', 'conv2': 'out_layers.3', 'conv_shortcut': 'skip_connection'}
+
+
+def original_names(net):
+    """{name here, which is diffusers': name in the original files} of every tensor.
+
+    diffusers counts blocks level by level, CompVis through all levels: on each way `n` a level, since
+    down there is a downsampler after the resnets, and up there is a resnet more."""
+    table, n = {
+        'conv_in': 'input_blocks.0.0', 'time_embedding.linear_1': 'time_embed.0',
+        'time_embedding.linear_2': 'time_embed.2', 'mid_block.resnets.0': 'middle_block.0',
+        'mid_block.attentions.0': 'middle_block.1', 'mid_block.resnets.1': 'middle_block.2',
+        'conv_norm_out': 'out.0', 'conv_out': 'out.2'}, len(net.up_blocks[0].resnets)
+    for i, up in enumerate(net.up_blocks):
+        for j in range(n):
+            for k, kind in enumerate(('resnets', 'attentions')):
+                table[f'down_blocks.{i}.{kind}.{j}'] = f'input_blocks.{n * i + j + 1}.{k}'
+                table[f'up_blocks.{i}.{kind}.{j}'] = f'output_blocks.{n * i + j}.{k}'
+        table[f'down_blocks.{i}.downsamplers.0.conv'] = f'input_blocks.{n * (i + 1)}.0.op'
+        table[f'up_blocks.{i}.upsamplers.0.conv'] = (
+            f'output_blocks.{n * i + n - 1}.{2 if up.attentions else 1}.conv')
+    names = {}
+    for key in net.state_dict():
+        here = next(here for here in table if key.startswith(here + '.'))
+        first, _, rest = key[len(here) + 1:].partition('.')
+        names[key] = f'{table[here]}.{RESNET.get(first, first)}' + ('.' + rest if rest else '')
+    return names
+
+
+def from_config(config, tensors, file):
+    """The UNet that diffusers' `config` describes, with `tensors` under its names; load() says more."""
+    net = sized(lambda c: UNet(
+        tuple(c['block_out_channels']), c['cross_attention_dim'], c['attention_head_dim'],
+        c['layers_per_block'], c.get('norm_num_groups', 32),
+        tuple(kind == 'CrossAttnDownBlock2D' for kind in c['down_block_types'])), config, file)
+    net.sample_size = config.get('sample_size', 64)
+    return fill(net, tensors, lambda key: [key], file)
+
 
 def load(path):
-    """The UNet in `path`, a folder with a unet/ inside (a checkpoint, a student) or that folder itself.
+    """The UNet in `path`, in fp32 and eval mode.
 
-    In fp32, eval mode, sized by config.json. Raises FileNotFoundError or ValueError with a sentence."""
-    folder = Path(path)
-    if (folder / 'unet').is_dir():
-        folder = folder / 'unet'
-    for name in ('config.json', 'diffusion_pytorch_model.safetensors'):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f'expected a UNet folder in diffusers layout at {folder}, found no {name} there; '
-                'give the folder that holds unet/ or that folder itself')
-    try:
-        config = json.loads((folder / 'config.json').read_text())
-        with torch.device('meta'):          # no memory or random numbers for weights about to be replaced
-            net = UNet(
-                tuple(config['block_out_channels']), config['cross_attention_dim'],
-                config['attention_head_dim'], config['layers_per_block'], config['norm_num_groups'],
-                tuple(kind == 'CrossAttnDownBlock2D' for kind in config['down_block_types']))
-        net.sample_size = config.get('sample_size', 64)
-        weights = load_file(folder / 'diffusion_pytorch_model.safetensors')
-        net.load_state_dict({key: w.float() for key, w in weights.items()}, strict=True, assign=True)
-    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = ' '.join(f'{type(error).__name__}: {error}'.split())
-        raise ValueError(
-            f'{folder} does not hold the UNet that its config.json describes; {reason}') from None
-    return net.eval()
+    path: a folder in diffusers layout (with a unet/ inside, or that folder itself) whose config.json
+    sizes the net; an original .safetensors or .ckpt, sized by its tensors' shapes; or a repo id in the
+    local Hugging Face cache. Of a file with both training and EMA weights the EMA ones are taken, as
+    the diffusers folder does. Raises FileNotFoundError or ValueError with a sentence."""
+    config, tensors, file = open_part(path, 'unet')
+    if config is not None:
+        return from_config(config, tensors, file)
+
+    def side(name, axis, default):
+        tensor = tensors.get(PREFIX['unet'] + name)
+        return default if tensor is None else tensor.shape[axis]
+    channels = [side(f'input_blocks.{1 + 3 * i}.0.out_layers.3.weight', 0, c)
+                for i, c in enumerate((320, 640, 1280, 1280))]
+    context = side('input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight', 1, 768)
+    net = sized(lambda _: UNet(tuple(channels), context), None, file)
+    names = original_names(net)
+    prefix = PREFIX['unet']
+    if sum(name.startswith('model_ema.diffusion_model') for name in tensors) >= len(names):
+        print(f'note: {file} holds training and EMA weights of the UNet; the EMA ones are taken',
+              file=sys.stderr)
+        # CompVis wrote them without dots (ldm/modules/ema.py 16-21).
+        return fill(net, tensors, lambda key: ['model_ema.diffusion_model' + names[key].replace('.', '')],
+                    file, scope='model_ema.diffusion')
+    return fill(net, tensors, lambda key: [prefix + names[key]], file, scope=prefix)
 
 
 def save(net, folder, dtype=torch.float32):

@@ -8,12 +8,12 @@ come from CompVis/stable-diffusion @21f890f, ldm/modules/diffusionmodules/model.
 """
 
 import json
+import re
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 
@@ -186,33 +186,58 @@ class VAE(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Files: a folder in diffusers layout, config.json beside diffusion_pytorch_model.safetensors
+# Files
+
+# The attention's modules here, in diffusers before 0.17 (SD 1.5's own folder mixes both), and in
+# CompVis' files.
+ATTENTION = {'group_norm': ('group_norm', 'norm'), 'to_q': ('query', 'q'), 'to_k': ('key', 'k'),
+             'to_v': ('value', 'v'), 'to_out.0': ('proj_attn', 'proj_out')}
+
+
+def original_name(key, levels=4):
+    """The name of tensor `key` in CompVis' files, which count the decoder's levels from the finest."""
+    for here, there in (
+            (r'down_blocks\.(\d+)\.resnets', r'down.\1.block'),
+            (r'down_blocks\.(\d+)\.downsamplers\.0', r'down.\1.downsample'),
+            (r'up_blocks\.(\d+)\.resnets', lambda m: f'up.{levels - 1 - int(m[1])}.block'),
+            (r'up_blocks\.(\d+)\.upsamplers\.0', lambda m: f'up.{levels - 1 - int(m[1])}.upsample'),
+            (r'mid_block\.resnets\.(\d)', lambda m: f'mid.block_{int(m[1]) + 1}'),
+            (r'mid_block\.attentions\.0\.(\w+(\.0)?)', lambda m: f'mid.attn_1.{ATTENTION[m[1]][1]}'),
+            (r'\bconv_norm_out\b', 'norm_out'), (r'\bconv_shortcut\b', 'nin_shortcut')):
+        key = re.sub(here, there, key)
+    return key
+
 
 def load(path):
-    """The VAE in `path`, a checkpoint folder with a vae/ inside or that folder itself.
+    """The VAE in `path`, in fp32 and eval mode.
 
-    In fp32, eval mode, sized by config.json. Raises FileNotFoundError or ValueError with a sentence."""
-    folder = Path(path)
-    if (folder / 'vae').is_dir():
-        folder = folder / 'vae'
-    for name in ('config.json', 'diffusion_pytorch_model.safetensors'):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f'expected a VAE folder in diffusers layout at {folder}, found no {name} there; '
-                'give the folder that holds vae/ or that folder itself')
-    try:
-        config = json.loads((folder / 'config.json').read_text())
-        with torch.device('meta'):          # no memory or random numbers for weights about to be replaced
-            vae = VAE(tuple(config['block_out_channels']), config['layers_per_block'],
-                      config['norm_num_groups'],
-                      config.get('scaling_factor', 0.18215))        # absent from SD 1.5's own config.json
-        weights = load_file(folder / 'diffusion_pytorch_model.safetensors')
-        vae.load_state_dict({key: w.float() for key, w in weights.items()}, strict=True, assign=True)
-    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = ' '.join(f'{type(error).__name__}: {error}'.split())
-        raise ValueError(
-            f'{folder} does not hold the VAE that its config.json describes; {reason}') from None
-    return vae.eval()
+    path: a folder in diffusers layout (with a vae/ inside, or that folder itself) whose config.json sizes
+    the net; an original .safetensors or .ckpt with a whole model or a VAE alone; or a repo id in the
+    local Hugging Face cache. Raises FileNotFoundError or ValueError with a sentence."""
+    import unet         # reads all files; here, since the net above needs nothing of it
+    config, tensors, file = unet.open_part(path, 'vae')
+    if config is not None:
+        vae = unet.sized(lambda c: VAE(
+            tuple(c['block_out_channels']), c['layers_per_block'], c.get('norm_num_groups', 32),
+            c.get('scaling_factor', 0.18215)), config, file)        # absent from SD 1.5's own config.json
+
+        def names(key):
+            old = re.sub(r'(attentions\.0)\.(\w+(\.0)?)',
+                         lambda m: f'{m[1]}.{ATTENTION[m[2]][0]}', key)
+            return [key, old]
+        return unet.fill(vae, tensors, names, file)
+
+    prefix = unet.PREFIX['vae']
+    first = [tensors.get(f'{prefix}encoder.down.{i}.block.0.conv1.weight') for i in range(4)]
+    channels = [w.shape[0] if w is not None else c for w, c in zip(first, (128, 256, 512, 512))]
+    vae = unet.sized(lambda _: VAE(tuple(channels)), None, file)
+
+    def names(key):
+        name = original_name(key)
+        # Files converted back from diffusers in 2023 kept its names within the attention.
+        here = re.sub(r'.*attentions\.0', '', key)
+        return [prefix + name, prefix + re.sub(r'(mid\.attn_1)\..*', rf'\1{here}', name)]
+    return unet.fill(vae, tensors, names, file, scope=prefix)
 
 
 def save(vae, folder, dtype=torch.float32):

@@ -126,7 +126,7 @@ def make_vae(args):
 
 
 def make_tokenizer(captions):
-    """vocab.json and merges.txt in CLIP's format, learned from the captions.
+    """A tokenizer of CLIP's kind, learned from the captions.
 
     Each word of this world becomes one token."""
     characters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -138,16 +138,7 @@ def make_tokenizer(captions):
     tokens = (characters + [c + '</w>' for c in characters] + [a + b for a, b in merges]
               + ['<|startoftext|>', '<|endoftext|>'])
     vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
-    (TINY / 'tokenizer').mkdir(parents=True, exist_ok=True)
-    (TINY / 'tokenizer' / 'vocab.json').write_text(
-        json.dumps(vocab, ensure_ascii=False) + '\n', encoding='utf-8')
-    (TINY / 'tokenizer' / 'merges.txt').write_text(
-        '#version: 0.2\n' + ''.join(f'{a} {b}\n' for a, b in merges), encoding='utf-8')
-    (TINY / 'tokenizer' / 'tokenizer_config.json').write_text(json.dumps(
-        {'tokenizer_class': 'CLIPTokenizer', 'model_max_length': 77, 'bos_token': '<|startoftext|>',
-         'eos_token': '<|endoftext|>', 'pad_token': '<|endoftext|>', 'unk_token': '<|endoftext|>'},
-        indent=2) + '\n')
-    return clip_text.load_tokenizer(TINY)
+    return clip_text.Tokenizer(vocab, [tuple(pair) for pair in merges])
 
 
 @torch.no_grad()
@@ -185,27 +176,12 @@ def make_teacher(args):
     net_average, text_average = train(
         both, step, args.iterations or 3800, 64, 1.2e-3, args.work / 'teacher.pt', seed=2, ema=0.999)
     net_average.sample_size = net.sample_size
-    unet.save(net_average, TINY / 'unet', torch.float16)
-    clip_text.save(text_average, TINY / 'text_encoder', torch.float16)
+    sid_lsg.write_pipeline(TINY, net_average, vae, text_average, tokenizer, torch.float16, 'DDIM')
     write_rest()
 
 
 def write_rest():
-    """What makes it a checkpoint that others open, and what train and the scores read.
-
-    The latter are settings, prompts and held-out captions."""
-    config = json.loads((TINY / 'unet' / 'config.json').read_text())
-    (TINY / 'scheduler').mkdir(exist_ok=True)
-    (TINY / 'scheduler' / 'scheduler_config.json').write_text(json.dumps(
-        {'_class_name': 'DDIMScheduler', 'beta_start': 0.00085, 'beta_end': 0.012,
-         'beta_schedule': 'scaled_linear', 'num_train_timesteps': 1000, 'clip_sample': False,
-         'set_alpha_to_one': False, 'steps_offset': 1, 'prediction_type': 'epsilon'}, indent=2) + '\n')
-    (TINY / 'model_index.json').write_text(json.dumps(
-        {'_class_name': 'StableDiffusionPipeline', 'unet': ['diffusers', config['_class_name']],
-         'vae': ['diffusers', 'AutoencoderKL'], 'text_encoder': ['transformers', 'CLIPTextModel'],
-         'tokenizer': ['transformers', 'CLIPTokenizer'], 'scheduler': ['diffusers', 'DDIMScheduler'],
-         'safety_checker': [None, None], 'feature_extractor': [None, None],
-         'requires_safety_checker': False}, indent=2) + '\n')
+    """What train and the scores read: settings, prompts and held-out captions."""
     prompts = list(dict.fromkeys(tiny_world.caption(s) for s in training_scenes(6000, seed=4)))
     (TINY / 'prompts.txt').write_text('\n'.join(prompts) + '\n')
     (TINY / 'held_out.txt').write_text('\n'.join(tiny_world.caption(s) for s in split()[0]) + '\n')
