@@ -35,11 +35,14 @@ import argparse
 import contextlib
 import copy
 import functools
+import hashlib
 import io
 import json
 import math
+import os
 import pickle
 import shutil
+import signal
 import sys
 import textwrap
 import time
@@ -48,11 +51,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
+from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
 
 import clip_text
+import fid
 import unet
 import vae as vae_module
 
@@ -76,10 +83,12 @@ DEVICE = option('', 'cuda, cuda:1, cpu ... (default: cuda if there is one, else 
 @dataclass
 class TrainConfig:
     teacher: str = option(str(TINY_TEACHER), 'Stable Diffusion 1.5 to distil: folder in diffusers '
-                          'layout, original .safetensors or .ckpt, or repo id in the local Hugging Face cache')
+                          'layout, original .safetensors or .ckpt, or repo id in the Hugging Face cache')
     tokenizer: str = TOKENIZER
     prompts: str = option('', 'text file, one prompt a line (default: prompts.txt in the teacher folder)')
     out: str = option('', 'run folder to make (default: the next free runs/NNN)')
+    resume: str = option('', 'run folder to go on with, by its own settings; only length, intervals, '
+                         'micro-batch and device may be given anew')
     device: str = DEVICE
     precision: str = PRECISION
     seed: int = option(0, 'every random draw follows from it')
@@ -96,15 +105,22 @@ class TrainConfig:
 
     kimg: float = option(10_000.0, 'length of the run in thousand images')
     batch: int = option(512, 'images an iteration')
-    micro_batch: int = option(0, 'images at a time, whose gradients add up to the batch\'s '
-                              '(default: batch)')
+    micro_batch: int = option(0, 'images at a time on each device, whose gradients add up to the '
+                              'batch\'s (default: all that is its part)')
     lr: float = option(1e-6, 'learning rate of the generator')
     fake_lr: float = option(1e-6, 'learning rate of the fake score net')
+    lr_end: float = option(1.0, 'share of both learning rates that is left at the end, falling linearly')
     ema_kimg: float = option(50.0, 'half-life of the generator\'s average in thousand images')
 
     grid_kimg: float = option(100.0, 'thousand images between picture grids, '
                               'with each of which the generator is saved')
     log_seconds: float = option(5.0, 'seconds between status lines')
+    save_every: float = option(50.0, 'thousand images between training states, of which the last two are '
+                               'kept; also saved at the end and when interrupted')
+    progress_samples: int = option(0, 'generated latents to compare with as many of the teacher\'s in 25 '
+                                   'steps at each picture grid, by Frechet distance')
+    checkpoint: bool = option(False, 'gradient checkpointing: less memory, a third more time')
+    ema_device: str = option('', 'cpu keeps the generator\'s average there (default: where training is)')
 
 
 @dataclass
@@ -136,7 +152,8 @@ class ConvertConfig:
     teacher: str = option('', 'checkpoint whose VAE and text encoder go with a generator '
                           '(default: what it was distilled from)')
     tokenizer: str = TOKENIZER
-    precision: str = option('fp16', 'of the weights written', choices=['fp32', 'fp16'])
+    precision: str = option('', 'of the weights written (default: fp16 in a file, fp32 in a folder, '
+                            'as it is opened without further settings)', choices=['fp32', 'fp16'])
     overwrite: bool = option(False, 'replace what is at the target')
 
 
@@ -228,84 +245,96 @@ def generator_loss(x_g, x_phi, x_psi, alpha):
 
 
 def train(config):
-    """Distil config.teacher into a run folder (see open_run). The whole method is the loop below."""
-    teacher, vae, encode, prompts, shape, out, device = open_run(config)
-    G, ema, fake = (copy.deepcopy(teacher) for _ in range(3))
-    G.requires_grad_(True)                      # teacher and ema stay frozen, fake half of each iteration
-    adam_eps = 1e-6 if config.precision == 'fp16' else 1e-8
-    opt_G = torch.optim.Adam(G.parameters(), config.lr, betas=(0.0, 0.999), eps=adam_eps, fused=True)
-    opt_fake = torch.optim.Adam(
-        fake.parameters(), config.fake_lr, betas=(0.0, 0.999), eps=adam_eps, fused=True)
+    """Distil config.teacher into a run folder. The method is the loop below; Run keeps the books."""
+    run = Run(config)
+    teacher, G, ema, fake, null = run.teacher, run.G, run.ema, run.fake, run.encode([''])
     kappa1, kappa2, kappa4 = config.kappa
     drop = config.drop if (kappa1, kappa2) != (1, 1) else 0.0
-    null = encode([''])
-    draw = functools.partial(draw_samples, config, prompts, encode, shape, device)
-    save_progress(config, ema, vae, encode, prompts, shape, out, seen=0)
-    log = Log(config, out)
 
-    iterations = math.ceil(config.kimg * 1000 / config.batch)
-    for iteration in range(iterations):
+    for iteration in range(run.first, run.iterations):
         # psi-step: the fake score net learns to denoise what the generator makes at present.
         fake.requires_grad_(True)
-        for rows in torch.arange(config.batch).split(config.micro_batch):
+        for rows in run.micro_batches:
             share = len(rows) / config.batch
-            context, z, t, eps = draw(iteration, 0, rows, drop)
-            with autocast(config, device):
+            context, z, t, eps = run.draw(iteration, 0, rows, drop)
+            with autocast(config.precision, run.device):
                 with torch.no_grad():           # no gradient from this loss to the generator
                     x_g = generate(G, z, context, config.t_init)
                 loss_fake = fake_score_loss(fake, x_g, t, eps, context, null, kappa1) * share
             loss_fake.backward()
-            log.add(loss_fake=loss_fake)
-        log.add(grad_fake=update(opt_fake))
+            run.log.add(loss_fake=loss_fake)
+        run.update('fake', iteration)
 
         # theta-step: the generator moves to where fake and teacher restore its pictures alike.
         fake.requires_grad_(False)              # weights rest; gradients pass to its INPUT, as in teacher
-        for rows in torch.arange(config.batch).split(config.micro_batch):
+        for rows in run.micro_batches:
             share = len(rows) / config.batch
-            context, z, t, eps = draw(iteration, 1, rows)
-            with autocast(config, device):
+            context, z, t, eps = run.draw(iteration, 1, rows)
+            with autocast(config.precision, run.device):
                 x_g = generate(G, z, context, config.t_init)
                 x_t = add_noise(x_g, eps, t)    # not detached: the gradient reaches x_g through both nets
                 x_psi = predict_x0(guided(fake, x_t, t, context, null, kappa2), x_t, t)
                 x_phi = predict_x0(guided(teacher, x_t, t, context, null, kappa4), x_t, t)
                 loss_G = generator_loss(x_g, x_phi, x_psi, config.alpha) * share
             loss_G.backward()
-            log.add(loss_G=loss_G, xg_xphi=(x_g - x_phi).abs().mean() * share,
-                    xphi_xpsi=(x_phi - x_psi).abs().mean() * share)
-        log.add(grad_G=update(opt_G, clip=1.0 if config.precision == 'fp16' else math.inf))
+            run.log.add(loss_G=loss_G, xg_xphi=(x_g - x_phi).abs().mean() * share,
+                        xphi_xpsi=(x_phi - x_psi).abs().mean() * share,
+                        nan_samples=nan_samples(x_g, x_phi, x_psi).sum())
+        run.update('G', iteration)
 
         # The average is what is drawn with, scored and released.
-        seen, last = (iteration + 1) * config.batch, iteration == iterations - 1
         update_average(ema, G, ema_beta(config, iteration * config.batch))
-        log.status(seen, last)
-        if last or crosses(config.grid_kimg * 1000, seen, config.batch):
-            save_progress(config, ema, vae, encode, prompts, shape, out, seen)
-
-    print(f'The generator is in {out}/generator, its pictures from first to last in {out}/grid_*.png. '
-          f'Try it:\n    python sid_lsg.py sample --generator {out} "{prompts[0]}"')
+        if run.end_iteration(iteration):        # log, pictures, state
+            break
+    run.close()
 
 
 # ---------------------------------------------------------------------------------------------------
 # What train() calls besides the method
 
-def autocast(config, device):
-    dtype = {'fp32': torch.bfloat16, 'bf16': torch.bfloat16, 'fp16': torch.float16}[config.precision]
-    return torch.autocast(device.type, dtype, enabled=config.precision != 'fp32')
+class Adam:
+    """torch.optim.Adam with betas (0, 0.999), to the bit, without its first moment.
+
+    For beta_1 = 0 that is the gradient itself; torch stores it all the same, 3.4 GB a net of SD 1.5."""
+
+    def __init__(self, parameters, lr, eps):
+        self.parameters, self.lr, self.eps, self.steps = list(parameters), lr, eps, 0
+        self.squares = [torch.zeros_like(p) for p in self.parameters]
+
+    @torch.no_grad()
+    def step(self):
+        self.steps += 1
+        correction = (1 - 0.999 ** self.steps) ** 0.5
+        for p, square in zip(self.parameters, self.squares):
+            square.mul_(0.999).addcmul_(p.grad, p.grad, value=1 - 0.999)
+            p.addcdiv_(p.grad, (square.sqrt() / correction).add_(self.eps), value=-self.lr)
 
 
+def autocast(precision, device):
+    dtype = torch.float16 if precision == 'fp16' else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=precision != 'fp32')
+
+
+@torch.no_grad()
 def update(optimizer, clip=math.inf):
-    """One optimizer step; returns the norm of the gradients as they came. Clears them.
+    """One optimizer step from the gradients of all processes. Clears them.
 
-    As in the official loop, NaN becomes 0 and infinity 1e5; `clip` bounds every element, at 1 in fp16."""
-    parameters = optimizer.param_groups[0]['params']
-    for p in parameters:
-        torch.nan_to_num_(p.grad, nan=0.0, posinf=1e5, neginf=-1e5)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    As in the official loop, NaN becomes 0 and infinity 1e5; `clip` bounds every element, at 1 in fp16.
+    Returns the gradients' norm after that, and how many numbers in them were not finite."""
+    gradients, broken = [p.grad for p in optimizer.parameters], 0
+    for g in gradients:
+        if dist.is_initialized():
+            dist.all_reduce(g)
+        broken = broken + (~g.isfinite()).sum()
+        torch.nan_to_num_(g, nan=0.0, posinf=1e5, neginf=-1e5)
+    norm = torch.nn.utils.get_total_norm(gradients)
     if clip < math.inf:
-        torch.nn.utils.clip_grad_value_(parameters, clip)
+        for g in gradients:
+            g.clamp_(-clip, clip)
     optimizer.step()
-    optimizer.zero_grad()
-    return norm
+    for p in optimizer.parameters:
+        p.grad = None
+    return norm, broken
 
 
 def ema_beta(config, seen):
@@ -317,7 +346,7 @@ def ema_beta(config, seen):
 @torch.no_grad()
 def update_average(ema, G, beta):
     for average, parameter in zip(ema.parameters(), G.parameters()):
-        average.lerp_(parameter, 1 - beta)
+        average.lerp_(parameter.to(average.device), 1 - beta)
 
 
 def crosses(every, seen, batch):
@@ -351,56 +380,287 @@ def draw_samples(config, prompts, encode, shape, device, iteration, half, rows, 
 class Log:
     """A row of log.jsonl for each iteration and a status line every few seconds.
 
-    Numbers stay on the device until a status line is due, so that no iteration waits for one."""
+    Numbers stay on the device until a status line is due, so that no iteration waits for one. Of many
+    processes the first writes."""
 
-    def __init__(self, config, out):
-        self.config, self.file = config, out / 'log.jsonl'
-        self.row, self.waiting = {}, []
+    def __init__(self, config, out, writes):
+        self.config, self.writes = config, writes
+        self.file = out and out / 'log.jsonl'
+        self.row, self.waiting, self.failing = {}, [], 0
         self.began = self.printed = time.time()
+        self.first = 0                          # images before this process began
 
     def add(self, **values):
-        """Add to this iteration's numbers; what micro-batches give sums up."""
+        """Add to this iteration's numbers; what micro-batches and processes give sums up."""
         for name, value in values.items():
             self.row[name] = self.row.get(name, 0) + value.detach()
 
-    def status(self, seen, last):
-        """End the iteration after which `seen` images lie behind."""
+    def end(self, seen, now):
+        """End the iteration after which `seen` images lie behind; `now` writes at once."""
+        if dist.is_initialized():
+            parts = [name for name in self.row if 'grad' not in name]       # gradients are summed already
+            numbers = torch.stack([self.row[name].float() for name in parts])
+            dist.all_reduce(numbers)
+            self.row.update(zip(parts, numbers))
         self.waiting.append(dict(images=seen, seconds=time.time() - self.began, **self.row))
         self.row = {}
-        if not last and time.time() - self.printed < self.config.log_seconds:
-            return
+        if self.writes and (now or time.time() - self.printed >= self.config.log_seconds):
+            self.write(seen)
+
+    def write(self, seen):
         self.printed = time.time()
         rows = [{name: value if isinstance(value, int) else float(f'{float(value):.6g}')
                  for name, value in row.items()} for row in self.waiting]
         self.waiting = []
         with open(self.file, 'a', encoding='utf-8') as file:
-            file.writelines(json.dumps(row) + '\n' for row in rows)
-        pace = (self.printed - self.began) / seen
+            for row in rows:                    # NaN is no JSON
+                file.write(json.dumps({name: value if math.isfinite(value) else None
+                                       for name, value in row.items()}) + '\n')
+        for row in rows:
+            self.failing = self.failing + 1 if row['nan_samples'] >= self.config.batch else 0
+            if self.failing == 10:
+                raise FloatingPointError('every sample was NaN for 10 iterations')
+        pace = (self.printed - self.began) / max(seen - self.first, 1)
         mean = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+        trouble = sum(row['nan_samples'] + row['bad_grads'] for row in rows)
         print(f'{seen:8d} images  {pace * 1000:6.1f} s per 1,000  '
               f'{clock(pace * max(self.config.kimg * 1000 - seen, 0))} left  '
               f'loss fake {mean["loss_fake"]:7.1f} G {mean["loss_G"]:7.1f}  '
               f'|xg-xphi| {mean["xg_xphi"]:.3f} |xphi-xpsi| {mean["xphi_xpsi"]:.3f}  '
-              f'grad fake {mean["grad_fake"]:6.1f} G {mean["grad_G"]:6.1f}', flush=True)
+              f'grad fake {mean["grad_fake"]:6.1f} G {mean["grad_G"]:6.1f}'
+              + (f'  {trouble:.0f} NaN' if trouble else ''), flush=True)
+
+    def note(self, seen, **values):
+        """A row of its own for what is measured now and then."""
+        with open(self.file, 'a', encoding='utf-8') as file:
+            file.write(json.dumps(dict(images=seen, seconds=time.time() - self.began, **values)) + '\n')
+
+
+class Run:
+    """A run's nets, optimisers, data and folder; and all that train() does besides the method.
+
+    With torchrun every process has one. They share each batch, and the first of them writes."""
+
+    def __init__(self, config):
+        self.config = config
+        (self.teacher, self.vae, self.encode, self.prompts, self.shape, self.out,
+         self.device) = open_run(config)
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        self.mark = hashlib.sha256(self.teacher.conv_in.weight.cpu().numpy().tobytes()).hexdigest()
+        self.G, self.ema, self.fake = (copy.deepcopy(self.teacher) for _ in range(3))
+        self.G.requires_grad_(True)             # teacher and ema stay frozen, fake half of each iteration
+        self.ema.to(config.ema_device or self.device)
+        if config.precision == 'bf16':          # its weights never change, so they need no fp32
+            self.teacher.to(torch.bfloat16)
+        if config.checkpoint:
+            for net in (self.teacher, self.G, self.fake):
+                recompute_in_backward(net)
+        eps = 1e-6 if config.precision == 'fp16' else 1e-8
+        self.optimizers = dict(G=Adam(self.G.parameters(), config.lr, eps),
+                               fake=Adam(self.fake.parameters(), config.fake_lr, eps))
+        self.micro_batches = torch.arange(config.batch)[self.rank::world].split(config.micro_batch)
+        self.first, self.iterations = 0, math.ceil(config.kimg * 1000 / config.batch)
+        self.log = Log(config, self.out, self.rank == 0)
+        self.interrupted = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.interrupt)
+        if config.progress_samples and self.rank == 0:
+            began = time.time()
+            self.progress = self.latent_moments(
+                lambda z, c: ddim(self.teacher, z, c, self.encode(['']), config.kappa[2], 25))
+            print(f'{config.progress_samples} latents of the teacher in {clock(time.time() - began)}')
+        if config.resume:
+            with user_errors():
+                self.load_state()
+        elif self.rank == 0:
+            with user_errors():
+                self.save_pictures(0)
+
+    def draw(self, iteration, half, rows, drop=0.0):
+        return draw_samples(self.config, self.prompts, self.encode, self.shape, self.device,
+                            iteration, half, rows, drop)
+
+    def update(self, name, iteration):
+        """Step the optimizer of 'G' or 'fake', at the learning rate that is due."""
+        config, optimizer = self.config, self.optimizers[name]
+        full = config.lr if name == 'G' else config.fake_lr
+        optimizer.lr = full * (1 - (1 - config.lr_end) * iteration / self.iterations)
+        # fp16 without loss scaling: the loss is a sum over pixels, its gradients do not underflow.
+        clip = 1.0 if name == 'G' and config.precision == 'fp16' else math.inf
+        norm, broken = update(optimizer, clip)
+        self.log.add(**{f'grad_{name}': norm, 'bad_grads': broken})
+
+    def interrupt(self, number, _):
+        """Stop after this iteration; a second signal stops at once."""
+        self.interrupted = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def end_iteration(self, iteration):
+        """Log, pictures, state, as they are due. Returns whether the run was interrupted."""
+        config, seen = self.config, (iteration + 1) * self.config.batch
+        if dist.is_initialized():               # all stop if one was told to
+            told = torch.tensor(self.interrupted)
+            dist.all_reduce(told, op=dist.ReduceOp.MAX)
+            self.interrupted = told.item()
+        last = self.interrupted or iteration == self.iterations - 1
+        pictures = seen >= config.kimg * 1000 or crosses(config.grid_kimg * 1000, seen, config.batch)
+        state = last or crosses(config.save_every * 1000, seen, config.batch)
+        with user_errors():
+            self.log.end(seen, pictures or state)
+            if pictures and self.rank == 0:
+                self.save_pictures(seen)
+            if state and self.rank == 0:
+                self.save_state(seen)
+        return bool(self.interrupted)
+
+    @torch.no_grad()
+    def save_pictures(self, seen):
+        """A grid from 16 fixed seeds and prompts, the averaged generator as a folder diffusers opens."""
+        config, texts = self.config, self.prompts[::max(1, len(self.prompts) // 16)][:16]
+        self.ema.to(self.device)
+
+        def one_step(z, fresh, context):
+            return generate(self.ema, z, context, config.t_init)
+        with autocast(config.precision, self.device):
+            images = [draw_pictures(one_step, self.vae, self.encode([text]), [i], self.shape)[0]
+                      for i, text in enumerate(texts)]
+            if config.progress_samples:
+                began = time.time()
+                ours = self.latent_moments(lambda z, c: one_step(z, None, c))
+                self.log.note(seen, progress_fd=round(fid.frechet_distance(*ours, *self.progress), 4),
+                              progress_seconds=round(time.time() - began, 2))
+        self.ema.to(config.ema_device or self.device)
+        save_png(make_grid(images, texts, 4), self.out / f'grid_{seen:09d}.png')
+        if seen:
+            draw_curves(self.log.file, self.out / 'curves.png')
+            unet.save(self.ema, self.out / 'generator' / 'unet')
+            facts = dict(teacher=full_path(config.teacher), tokenizer=full_path(config.tokenizer),
+                         t_init=config.t_init, size=self.shape[1] * self.vae.factor, images=seen)
+            write_text(self.out / 'generator' / 'generator.json', json.dumps(facts, indent=2) + '\n')
+
+    @torch.no_grad()
+    def latent_moments(self, make):
+        """Mean and covariance of pooled latents make(z, context), prompt i with seed i."""
+        count, latents = self.config.progress_samples, []
+        for rows in torch.arange(count).split(min(self.config.micro_batch, 64)):
+            z = torch.stack([torch.randn(self.shape, generator=torch.Generator().manual_seed(i))
+                             for i in rows.tolist()])
+            texts = [self.prompts[i % len(self.prompts)] for i in rows.tolist()]
+            with autocast(self.config.precision, self.device):
+                x = make(z.to(self.device), self.encode(texts))
+            latents.append(torch.nn.functional.adaptive_avg_pool2d(x.float(), 2).flatten(1).cpu())
+        latents = torch.cat(latents).double().numpy()                   # (N, 16)
+        return latents.mean(0), np.cov(latents, rowvar=False)
+
+    def tensors(self):
+        """Everything that training changes, by name."""
+        nets = dict(G=self.G, ema=self.ema, fake=self.fake)
+        tensors = {f'{name}.{key}': p.data for name, net in nets.items()
+                   for key, p in net.named_parameters()}
+        return tensors | {f'adam_{name}.{i:04d}': square for name, optimizer in self.optimizers.items()
+                          for i, square in enumerate(optimizer.squares)}
+
+    def save_state(self, seen):
+        """state/IMAGES with tensors.safetensors and state.json, whole or not at all; keeps the last two.
+
+        A folder gets its name by a rename once it is on the disk, so a kill at any moment leaves the last
+        one as it was."""
+        states = self.out / 'state'
+        new, folder = states / 'unfinished', states / f'{seen:09d}'
+        remove(new)
+        new.mkdir(parents=True)
+        try:
+            save_file({name: w.cpu().contiguous() for name, w in self.tensors().items()},
+                      new / 'tensors.safetensors')
+            facts = dict(images=seen, seconds=time.time() - self.log.began, teacher=self.mark,
+                         log_bytes=self.log.file.stat().st_size)
+            write_text(new / 'state.json', json.dumps(facts, indent=2) + '\n')
+            for file in (*new.iterdir(), new):
+                handle = os.open(file, os.O_RDONLY)
+                os.fsync(handle)
+                os.close(handle)
+            remove(folder)
+            new.rename(folder)
+        except (OSError, SafetensorError) as error:
+            remove(new)
+            raise ValueError(f'the training state could not be written to {states} ({error}); the one '
+                             'before is intact: make room, then go on with --resume') from None
+        for old in sorted(states.glob('[0-9]*'))[:-2]:
+            remove(old)
+
+    def load_state(self):
+        """Go on from the newest state: weights, optimisers, counters, log."""
+        states = sorted((self.out / 'state').glob('[0-9]*'))
+        check(states, f'expected a training state in {self.out}/state, found none; start the run anew')
+        try:
+            facts = unet.read_json(states[-1] / 'state.json')
+            tensors, own = unet.read_tensors(states[-1] / 'tensors.safetensors'), self.tensors()
+            check(facts['teacher'] == self.mark, 'it is of another teacher')
+            check([(name, w.shape) for name, w in sorted(tensors.items())]
+                  == [(name, w.shape) for name, w in sorted(own.items())],
+                  'its tensors are not those of this teacher')
+        except (ValueError, OSError, KeyError, TypeError) as error:
+            raise ValueError(f'the training state {states[-1]} cannot be resumed: {error}; remove that '
+                             'folder to go on from the one before, if there is one') from None
+        for name, w in own.items():
+            w.copy_(tensors[name])
+        self.first = facts['images'] // self.config.batch
+        for optimizer in self.optimizers.values():
+            optimizer.steps = self.first
+        self.log.first, self.log.began = facts['images'], time.time()
+        if self.rank == 0:                      # rows after the state will be written again
+            os.truncate(self.log.file, min(facts['log_bytes'], self.log.file.stat().st_size))
+            print(f'Resuming {self.out} at {facts["images"]} images', flush=True)
+
+    def close(self):
+        """The last word, and the exit code of an interruption."""
+        if self.rank == 0 and self.interrupted:
+            print(f'Interrupted; the state is saved. Go on with:\n    python sid_lsg.py train '
+                  f'--resume {self.out}', flush=True)
+        elif self.rank == 0:
+            print(f'The generator is in {self.out}/generator, its pictures from first to last in '
+                  f'{self.out}/grid_*.png. Try it:\n    python sid_lsg.py sample --generator {self.out} '
+                  f'"{self.prompts[0]}"')
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        if self.interrupted:
+            sys.exit(128 + self.interrupted)
+
+
+def recompute_in_backward(net):
+    """Let the big blocks of a net keep only their inputs, and run again in the backward pass."""
+    for module in net.modules():
+        if isinstance(module, (unet.ResnetBlock, unet.SpatialTransformer)):
+            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
+
+
+def draw_curves(log_file, path):
+    """All numbers of a log.jsonl over the images seen, one small panel each, as PNG."""
+    rows = [json.loads(line) for line in Path(log_file).read_text(encoding='utf-8').splitlines()]
+    names = [name for name in dict.fromkeys(name for row in rows for name in row)
+             if name not in ('images', 'seconds')]
+    wide, high = 320, 120
+    sheet = Image.new('RGB', (2 * wide, math.ceil(len(names) / 2) * high), 'white')
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    for i, name in enumerate(names):
+        points = [(row['images'], row[name]) for row in rows if row.get(name) is not None]
+        if not points:
+            continue
+        x, y = np.array(points, dtype=float).T
+        low, top = np.percentile(y, [1, 99])    # a single spike shall not flatten the rest
+        left, bottom = i % 2 * wide + 12, i // 2 * high + high - 14
+        across = left + (wide - 24) * x / max(x.max(), 1)
+        up = bottom - (high - 40) * np.clip((y - low) / max(top - low, 1e-12), 0, 1)
+        pen.line([left, bottom, left + wide - 24, bottom], 'lightgray')
+        pen.line(list(zip(across, up)), 'navy')
+        text = f'{name}: {y[-1]:.4g}, from {low:.4g} to {top:.4g}'
+        pen.text((left, bottom - high + 18), text, 'black', font)
+    save_png(sheet, path)
 
 
 def clock(seconds):
     return f'{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}'
-
-
-@torch.no_grad()
-def save_progress(config, ema, vae, encode, prompts, shape, out, seen):
-    """A grid from 16 fixed seeds and prompts, and the averaged generator as a folder diffusers opens."""
-    texts = prompts[::max(1, len(prompts) // 16)][:16]
-    with autocast(config, ema.conv_in.weight.device):
-        images = [draw_pictures(lambda z, fresh, c: generate(ema, z, c, config.t_init),
-                                vae, encode([text]), [i], shape)[0] for i, text in enumerate(texts)]
-    save_png(make_grid(images, texts, 4), out / f'grid_{seen:09d}.png')
-    if seen:
-        unet.save(ema, out / 'generator' / 'unet')
-        facts = dict(teacher=full_path(config.teacher), tokenizer=full_path(config.tokenizer),
-                     t_init=config.t_init, size=shape[1] * vae.factor, images=seen)
-        write_text(out / 'generator' / 'generator.json', json.dumps(facts, indent=2) + '\n')
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -423,7 +683,7 @@ def sample(config):
     shown = []
     for first in range(0, len(jobs), config.batch):
         texts, seeds = zip(*jobs[first:first + config.batch])
-        with autocast(config, device):
+        with autocast(config.precision, device):
             images = draw_pictures(make, vae, encode(texts), seeds, shape)
         for i, image in enumerate(images):
             path = out / f'{first + i:06d}.png'
@@ -523,18 +783,25 @@ def convert(config):
         pickled = source.is_file() and is_official_pickle(source)
         student = bool(facts) or pickled
         net = read_official_pickle(source) if pickled else unet.load(folder if facts else config.source)
-        alone = pickled or source.is_dir() and not (source / 'vae').is_dir()
+        alone = pickled or not facts and (source / 'config.json').is_file()     # a UNet's own folder
         teacher = config.teacher or facts.get('teacher') or ('' if alone else config.source)
         check(teacher or not single,
               f'{source} is a UNet alone, and {target} needs a VAE and a text encoder too; '
               'give --teacher, the checkpoint to take them from')
+        config.precision = config.precision or ('fp16' if single else 'fp32')
         vae, text = (vae_module.load(teacher), clip_text.load(teacher)) if teacher else (None, None)
         dtype = {'fp32': torch.float32, 'fp16': torch.float16}[config.precision]
+        biggest = max((w.abs().max().item(), name) for part in (net, vae, text) if part is not None
+                      for name, w in part.state_dict().items())
+        check(biggest[0] <= torch.finfo(dtype).max,
+              f'{source} has {biggest[0]:g} in the tensor {biggest[1]}, more than fp16 holds; '
+              'use --precision fp32')
         new = target.with_name(target.name + '.tmp')
         remove(new)
         try:
             if single:
-                save_file(original_tensors(net, vae, text, dtype), new, metadata={'format': 'pt'})
+                tensors = original_tensors(net, vae, text, dtype, source, target)
+                save_file(tensors, new, metadata={'format': 'pt'})
             elif teacher:
                 tokenizer = clip_text.load_tokenizer(
                     config.tokenizer or facts.get('tokenizer') or teacher)
@@ -559,7 +826,7 @@ def remove(path):
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def original_tensors(net, vae, text, dtype):
+def original_tensors(net, vae, text, dtype, source, target):
     """The 1,131 tensors of an original single file, as web UIs open it: {name: tensor}.
 
     ValueError where the nets are not built as SD 1.5 is, since such a file cannot say so."""
@@ -569,8 +836,8 @@ def original_tensors(net, vae, text, dtype):
              text.text_model.encoder.layers[0].self_attn.heads)
     check(all(a.state_dict().keys() == b.state_dict().keys() for a, b in zip((net, vae, text), like))
           and (heads, net.conv_norm_out.num_groups, vae.scale) == ((8, 12), 32, 0.18215),
-          'an original-style file cannot say how its nets are built, so expected SD 1.5\'s way, 4 levels '
-          'of 2 resnets and 8 heads; these are built otherwise, write a folder instead')
+          f'{source} does not fit into {target}: such a file does not say how its nets are built, so '
+          'expected SD 1.5\'s way, 4 levels of 2 resnets and 8 heads; found another, write a folder')
     names, prefix = unet.original_names(net), unet.PREFIX
     tensors = {prefix['unet'] + names[key]: w for key, w in net.state_dict().items()}
     for key, w in vae.state_dict().items():     # there the attention is convolutions of 1 x 1
@@ -608,8 +875,9 @@ def is_official_pickle(file):
     """Whether a file is a bare pickle, as the official code writes generators, not one by torch.save."""
     with open(file, 'rb') as opened:
         head = opened.read(64)
-    # torch.save's old format begins with its magic number, its present one is a zip.
-    return head[:1] == b'\x80' and b'l\xfc\x9cF\xf9 j\xa8P\x19' not in head
+    # Safetensors may begin with that byte too, but have { at byte 8; torch.save's old format has a magic.
+    return (head[:1] == b'\x80' and head[8:9] != b'{'
+            and b'l\xfc\x9cF\xf9 j\xa8P\x19' not in head)
 
 
 class OfficialUnpickler(pickle.Unpickler):
@@ -647,8 +915,9 @@ def read_official_pickle(file):
             module = OfficialUnpickler(opened).load()['ema']
         config, weights = module.__dict__['_internal_dict'], dict(tensors(module))
     except Exception as error:          # whatever a damaged or hostile file brings about
-        raise ValueError(f'{file} is no official SiD-LSG generator, or cut off ({type(error).__name__}: '
-                         f'{error}); expected a pickle of a diffusers UNet under "ema"') from None
+        reason = unet.asked_for(error) or ' '.join(f'{type(error).__name__}: {error}'.split())[:200]
+        raise ValueError(f'{file} is no official SiD-LSG generator, or cut off ({reason}); '
+                         'expected a pickle of a diffusers UNet under "ema"') from None
     return unet.from_config(config, weights, file)
 
 
@@ -662,7 +931,7 @@ def user_errors():
     It goes around opening, never around running."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f'sid_lsg: {error}', file=sys.stderr)
         sys.exit(2)
 
@@ -750,35 +1019,53 @@ def latent_shape(size, net, vae):
 
 
 def open_run(config):
-    """Check every setting, load the teacher and its parts, make the run folder; what train() works on.
+    """Check every setting, load the teacher and its parts, make or find the run folder.
 
-    The folder: config.json (settings), log.jsonl, grid_*.png, generator/unet (diffusers layout) and
-    generator.json."""
+    The folder: config.json (settings), log.jsonl, curves.png, grid_*.png, state/ (for --resume) and
+    generator/ with unet/ (diffusers layout) and generator.json."""
     with user_errors():
         config.kappa = tuple(np.atleast_1d(config.kappa).tolist())
         config.kappa *= 3 if len(config.kappa) == 1 else 1
         check(len(config.kappa) == 3,
               'expected --kappa with one number, or three (kappa1, kappa2 = kappa3, kappa4), '
               f'got {len(config.kappa)}')
-        config.micro_batch = config.micro_batch or config.batch
-        check(min(config.batch, config.micro_batch) > 0 and config.batch % config.micro_batch == 0,
-              'expected --batch to be a multiple of --micro-batch, '
-              f'got {config.batch} and {config.micro_batch}')
+        world = int(os.environ.get('WORLD_SIZE', 1))        # torchrun sets it
+        config.micro_batch = config.micro_batch or max(config.batch // world, 1)
+        at_once = config.micro_batch * world
+        check(min(config.batch, config.micro_batch) > 0 and config.batch % at_once == 0,
+              'expected --batch to be a multiple of --micro-batch'
+              + (f' times the {world} processes' if world > 1 else '')
+              + f', got {config.batch} and {config.micro_batch}')
         check(0 <= config.t_min < config.t_max <= 1000 and 0 <= config.t_init < 1000,
               'steps lie in 0 ... 999 and --t-min below --t-max, got '
               f'--t-min {config.t_min} --t-max {config.t_max} --t-init {config.t_init}')
         check(0 <= config.drop <= 1, f'expected --drop to be a share from 0 to 1, got {config.drop}')
-        check(min(config.kimg, config.grid_kimg) > 0, 'expected --kimg and --grid-kimg above 0')
+        check(min(config.kimg, config.grid_kimg, config.save_every) > 0,
+              'expected --kimg, --grid-kimg and --save-every above 0')
+        check(config.progress_samples == 0 or config.progress_samples > 16,
+              'expected --progress-samples to be 0 or more than the 16 numbers that each is pooled to, '
+              f'got {config.progress_samples}')
         device = choose_device(config.device)
-        teacher = unet.load(config.teacher).to(device).requires_grad_(False)
+        if world > 1:
+            if device.type == 'cuda':
+                device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
+                torch.cuda.set_device(device)
+            dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo')
+        first = not dist.is_initialized() or dist.get_rank() == 0
+        teacher = unet.load(config.teacher).to(device, memory_format=torch.channels_last)
+        teacher.requires_grad_(False)
         vae, encode, tokenizer = load_parts(config.teacher, device, config.tokenizer)
         shape = latent_shape(config.size, teacher, vae)
         prompts = read_prompts(config.prompts or Path(config.teacher) / 'prompts.txt', tokenizer)
-        out = new_folder(config.out, 'runs', 'config.json')
-        write_text(out / 'config.json', json.dumps(asdict(config), indent=2) + '\n')
-    print(f'Distilling {config.teacher} ({sum(p.numel() for p in teacher.parameters()) / 1e6:.1f} '
-          f'M weights) into {out} on {device} in {config.precision}: kappa {config.kappa}, '
-          f'{len(prompts)} prompts, {config.kimg:g} thousand images', flush=True)
+        out = Path(config.resume) if config.resume else None
+        if first and not config.resume:
+            out = new_folder(config.out, 'runs', 'config.json')
+            settings = {name: value for name, value in asdict(config).items() if name != 'resume'}
+            write_text(out / 'config.json', json.dumps(settings, indent=2) + '\n')
+    if first:
+        print(f'Distilling {config.teacher} ({sum(p.numel() for p in teacher.parameters()) / 1e6:.1f} '
+              f'M weights) into {out} on {device} in {config.precision}: kappa {config.kappa}, '
+              f'{len(prompts)} prompts, {config.kimg:g} thousand images', flush=True)
     return teacher, vae, encode, prompts, shape, out, device
 
 
@@ -845,13 +1132,26 @@ def open_sample(config):
     return net, vae, encode, jobs, shape, facts, out, device
 
 
+# What may change when a run goes on: its length, what is shown and saved when, and what holds it.
+FREE = ('resume', 'kimg', 'grid_kimg', 'log_seconds', 'save_every', 'micro_batch', 'device', 'checkpoint',
+        'ema_device')
+
+
 def make_config(kind, given):
-    """The dataclass `kind` from the command line and, for train, the teacher's sid_lsg.json behind it."""
-    file = Path(given.get('teacher', TINY_TEACHER)) / 'sid_lsg.json'
-    beside = (json.loads(file.read_text(encoding='utf-8'))
-              if kind is TrainConfig and file.is_file() else {})
+    """The dataclass `kind` from the command line and, behind it, a run's or teacher's own settings."""
+    resume = given.get('resume')
+    file = (Path(resume) / 'config.json' if resume else
+            Path(given.get('teacher', TINY_TEACHER)) / 'sid_lsg.json')
+    check(not resume or file.is_file(),
+          f'expected a run folder at --resume {resume}, found no config.json there')
+    beside = unet.read_json(file) if kind is TrainConfig and file.is_file() else {}
     unknown = set(beside) - {f.name for f in fields(kind)}
     check(not unknown, f'expected settings of train in {file}, found {", ".join(sorted(unknown))}')
+    for name, value in given.items() if resume else ():
+        old = list(np.atleast_1d(beside.get(name)))
+        check(name in FREE or old in (list(np.atleast_1d(value)), 3 * list(np.atleast_1d(value))),
+              f'--{name.replace("_", "-")} {value} would make it another run than {resume}, where it is '
+              f'{beside.get(name)}; leave it out, or start a new run')
     return kind(**{**beside, **given})
 
 
@@ -874,7 +1174,7 @@ def main(arguments=None):
                 command.add_argument(f.name, metavar=dict(source='IN', target='OUT')[f.name], help=text)
                 continue
             if f.type is bool:
-                command.add_argument('--' + f.name, action='store_true', help=text)
+                command.add_argument('--' + f.name.replace('_', '-'), action='store_true', help=text)
                 continue
             if '(default' not in text:
                 text += f' (default: {f.default[0] if several else f.default})'
@@ -886,7 +1186,26 @@ def main(arguments=None):
                      convert=(convert, ConvertConfig))[given.pop('command')]
     with user_errors():
         config = make_config(kind, given)
-    run(config)
+    try:
+        run(config)
+    except torch.OutOfMemoryError:
+        print(f'sid_lsg: the device is out of memory; {less_memory(config)}', file=sys.stderr)
+        sys.exit(2)
+
+
+def less_memory(config):
+    """The next thing to try, in order of what it costs."""
+    if isinstance(config, SampleConfig):
+        return f'try --batch {config.batch // 2}' if config.batch > 1 else 'try --precision bf16'
+    if config.precision == 'fp32':
+        return 'try --precision bf16'
+    if config.micro_batch > 1:
+        return f'try --micro-batch {config.micro_batch // 2}'
+    if not config.checkpoint:
+        return 'try --checkpoint'
+    if not config.ema_device:
+        return 'try --ema-device cpu'
+    return 'every option that saves memory is in use; try a smaller --size'
 
 
 if __name__ == '__main__':

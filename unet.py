@@ -336,9 +336,8 @@ def read_tensors(file):
         with torch.serialization.safe_globals([(Skipped, name) for name in names]):
             state = torch.load(file, map_location='cpu', weights_only=True, mmap=head[:2] == b'PK')
     except pickle.UnpicklingError as error:
-        asked = re.search(r'GLOBAL (\S+)', str(error))
         raise ValueError(
-            f'{file} is a pickle that asks for {asked[1] if asked else "more than tensors"}, so it was '
+            f'{file} is a pickle that {asked_for(error) or "holds more than tensors"}, so it was '
             'not opened; an official SiD-LSG generator is read safely by `python sid_lsg.py convert`, '
             'of anything else look for a .safetensors') from None
     except (RuntimeError, EOFError, KeyError, ValueError) as error:
@@ -350,6 +349,12 @@ def read_tensors(file):
     if not isinstance(state, dict):
         raise ValueError(f'{file} holds a {type(state).__name__}; expected tensors by name')
     return {name: tensor for name, tensor in state.items() if torch.is_tensor(tensor)}
+
+
+def asked_for(error):
+    """Which name torch.load(weights_only=True) refused, in two words more; None of other errors."""
+    asked = re.search(r'GLOBAL (\S+)', str(error))
+    return asked and f'asks for {asked[1]}'
 
 
 def locate(path):
@@ -433,11 +438,14 @@ def open_single(file, part):
         if part == 'vae' and 'decoder.conv_in.weight' in tensors:
             return {PREFIX['vae'] + name if not BESIDE.fullmatch(name) else name: tensor
                     for name, tensor in tensors.items()}
-        what = ('a VAE' if 'decoder.conv_in.weight' in tensors else
-                'a UNet' if 'conv_in.weight' in tensors or 'input_blocks.0.0.weight' in tensors else
-                f'{len(tensors)} other tensors')
-        raise ValueError(f'{file} holds {what} alone, no {PREFIX[part]}*; expected a whole Stable '
-                         f'Diffusion 1.5 with its {part}')
+        what = [kind for kind, names in {
+            'a UNet': ('conv_in.weight', 'input_blocks.0.0.weight', PREFIX['unet'] + 'out.2.weight'),
+            'a VAE': ('decoder.conv_in.weight', PREFIX['vae'] + 'decoder.conv_in.weight'),
+            'a text encoder': tuple(n for n in tensors if n.endswith('final_layer_norm.weight'))}.items()
+            if any(name in tensors for name in names)]
+        found, wanted = ' and '.join(what) or f'{len(tensors)} other tensors', part.replace('_', ' ')
+        raise ValueError(f'{file} holds {found}, but no {wanted} ({PREFIX[part]}*); '
+                         'expected a whole Stable Diffusion 1.5')
     for name in tensors:
         if not name.startswith(tuple(PREFIX.values())) and not BESIDE.fullmatch(name):
             raise ValueError(f'{file} has a tensor {name}, which has no place in a Stable Diffusion 1.5; '

@@ -209,15 +209,42 @@ def test_average_follows_the_published_half_life():
     assert torch.allclose(average.conv_in.weight, 0.9 * before + 0.1 * G.conv_in.weight, atol=1e-6)
 
 
+class PlainDescent:
+    """p -= gradient: shows what update() hands on."""
+
+    def __init__(self, p):
+        self.parameters = [p]
+
+    def step(self):
+        for p in self.parameters:
+            p -= p.grad
+
+
 def test_update_mends_gradients_clips_and_reports_their_norm():
     p = torch.nn.Parameter(torch.zeros(4))
-    optimizer = torch.optim.SGD([p], lr=1.0)
+    optimizer = PlainDescent(p)
     p.grad = torch.tensor([math.nan, math.inf, 3.0, -4.0])
-    assert sid_lsg.update(optimizer).item() == pytest.approx(1e5, rel=1e-4)
+    norm, broken = sid_lsg.update(optimizer)
+    assert norm.item() == pytest.approx(1e5, rel=1e-4) and broken == 2
     assert p.tolist() == [0.0, -1e5, -3.0, 4.0] and p.grad is None
     p.grad = torch.tensor([0.0, 0.0, 3.0, -4.0])
-    assert sid_lsg.update(optimizer, clip=1.0).item() == pytest.approx(5.0)
+    norm, broken = sid_lsg.update(optimizer, clip=1.0)
+    assert norm.item() == pytest.approx(5.0) and broken == 0
     assert p.tolist() == [0.0, -1e5, -4.0, 5.0]
+
+
+def test_adam_is_torchs_to_the_bit():
+    """Over 20 steps, one with a zero gradient; torch's plain implementation, whose order of operations is ours."""
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.Parameter(torch.randn(50, generator=torch.Generator().manual_seed(1))) for _ in range(2))
+    adam = sid_lsg.Adam([ours], lr=1e-2, eps=1e-8)
+    reference = torch.optim.Adam([theirs], lr=1e-2, betas=(0.0, 0.999), eps=1e-8, foreach=False, fused=False)
+    for step in range(20):
+        gradient = torch.randn(50) * (0 if step == 7 else 10.0 ** (step % 5 - 2))
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        adam.step(), reference.step()
+        assert torch.equal(ours, theirs), step
+    assert torch.equal(adam.squares[0], reference.state[theirs]['exp_avg_sq'])
 
 
 def test_ddim_agrees_with_diffusers(batch):
