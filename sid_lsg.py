@@ -463,8 +463,8 @@ class Run:
         self.first, self.iterations = 0, math.ceil(config.kimg * 1000 / config.batch)
         self.log = Log(config, self.out, self.rank == 0)
         self.interrupted = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.interrupt)
+        self.handlers = {number: signal.signal(number, self.interrupt)
+                         for number in (signal.SIGINT, signal.SIGTERM)}
         if config.progress_samples and self.rank == 0:
             began = time.time()
             self.progress = self.latent_moments(
@@ -494,7 +494,7 @@ class Run:
     def interrupt(self, number, _):
         """Stop after this iteration; a second signal stops at once."""
         self.interrupted = number
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, self.handlers[number])
 
     def end_iteration(self, iteration):
         """Log, pictures, state, as they are due. Returns whether the run was interrupted."""
@@ -622,6 +622,8 @@ class Run:
             print(f'The generator is in {self.out}/generator, its pictures from first to last in '
                   f'{self.out}/grid_*.png. Try it:\n    python sid_lsg.py sample --generator {self.out} '
                   f'"{self.prompts[0]}"')
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
         if dist.is_initialized():
             dist.destroy_process_group()
         if self.interrupted:

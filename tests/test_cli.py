@@ -16,26 +16,7 @@ import clip_text
 import sid_lsg
 import unet
 import vae
-
-ROOT = Path(__file__).parent.parent
-SETTINGS = dict(kimg=0.024, batch=8, lr=1e-3, fake_lr=1e-3, ema_kimg=0.1, grid_kimg=0.016, seed=1)
-
-
-@pytest.fixture(scope='session')
-def teacher(tmp_path_factory):
-    """A checkpoint folder of random weights, a thirtieth of the tiny teacher's size, with settings and prompts beside it."""
-    folder = tmp_path_factory.mktemp('teacher')
-    torch.manual_seed(0)
-    net = unet.UNet((16, 32), context_dim=16, heads=2, layers=1, groups=4, attention=(True, True))
-    net.sample_size = 4
-    unet.save(net, folder / 'unet')
-    vae.save(vae.VAE((8, 8, 16, 16), layers=1, groups=4), folder / 'vae')
-    shutil.copytree(ROOT / 'tests' / 'tiny_sd' / 'tokenizer', folder / 'tokenizer')
-    words = len(json.loads((folder / 'tokenizer' / 'vocab.json').read_text()))
-    clip_text.save(clip_text.TextEncoder(words, width=16, layers=1, heads=2, hidden=32), folder / 'text_encoder')
-    (folder / 'prompts.txt').write_text('\n'.join(f'a red star {i}' for i in range(20)) + '\n\n')
-    (folder / 'sid_lsg.json').write_text(json.dumps(SETTINGS))
-    return folder
+from conftest import ROOT, SETTINGS
 
 
 def command(*arguments, cwd):
@@ -65,7 +46,8 @@ def test_train_leaves_a_whole_run_folder(run, teacher):
     assert result.returncode == 0, result.stderr
     out = folder / 'runs' / '000'
     assert sorted(p.name for p in out.iterdir()) == [
-        'config.json', 'generator', 'grid_000000000.png', 'grid_000000016.png', 'grid_000000024.png', 'log.jsonl']
+        'config.json', 'curves.png', 'generator', 'grid_000000000.png', 'grid_000000016.png', 'grid_000000024.png',
+        'log.jsonl', 'state']
     rows = [json.loads(line) for line in (out / 'log.jsonl').read_text().splitlines()]
     assert [row['images'] for row in rows] == [8, 16, 24]
     assert set(rows[0]) == {'images', 'seconds', 'loss_fake', 'grad_fake', 'loss_G', 'xg_xphi', 'xphi_xpsi', 'grad_G'}

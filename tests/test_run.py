@@ -1,0 +1,268 @@
+"""A run that loses nothing: interrupted, killed, resumed, shared by processes, short of memory, disk or sense."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import sid_lsg
+import unet
+from conftest import ROOT
+
+# 12 iterations of 8, pictures after 5 and 10 (and 12), a state after every third.
+LENGTH = dict(kimg=0.096, grid_kimg=0.04, save_every=0.024, log_seconds=0, progress_samples=20)
+
+
+def train(folder, teacher=None, **given):
+    given = dict(resume=str(folder)) | given if teacher is None else dict(teacher=str(teacher), out=str(folder)) | given
+    sid_lsg.train(sid_lsg.make_config(sid_lsg.TrainConfig, given))
+
+
+def state(folder, seen=96):
+    return load_file(folder / 'state' / f'{seen:09d}' / 'tensors.safetensors')
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def rows(folder):
+    """log.jsonl without its times."""
+    rows = [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
+    return [{name: value for name, value in row.items() if 'seconds' not in name} for row in rows]
+
+
+@pytest.fixture(scope='module')
+def whole(teacher, tmp_path_factory):
+    """A run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp('whole') / 'run'
+    train(folder, teacher, **LENGTH)
+    return folder
+
+
+def interrupt_at(iteration, monkeypatch, number=signal.SIGTERM):
+    """Send this process a signal in the middle of an iteration (of those of the next run, from 0)."""
+    calls, update_average = [], sid_lsg.update_average
+
+    def update(*arguments):
+        if len(calls) == iteration:
+            os.kill(os.getpid(), number)
+        calls.append(1)
+        update_average(*arguments)
+    monkeypatch.setattr(sid_lsg, 'update_average', update)
+
+
+@pytest.mark.parametrize('iteration, number', [(3, signal.SIGTERM), (9, signal.SIGINT)])
+def test_an_interrupted_run_resumes_to_the_bit(iteration, number, whole, teacher, tmp_path, monkeypatch, capsys):
+    """Weights, average, optimisers' state and log; at 9 pictures are due in the very iteration of the signal."""
+    folder, before = tmp_path / 'run', signal.getsignal(number)
+    interrupt_at(iteration, monkeypatch, number)
+    with pytest.raises(SystemExit) as stop:
+        train(folder, teacher, **LENGTH)
+    assert stop.value.code == 128 + number and f'--resume {folder}' in capsys.readouterr().out
+    assert signal.getsignal(number) == before
+    with open(folder / 'log.jsonl', 'a') as file:               # what a kill in the middle of a line leaves
+        file.write('{"images": 88, "sec')
+    monkeypatch.undo()
+    train(folder)
+    assert same(state(folder), state(whole)) and rows(folder) == rows(whole)
+    assert sorted(os.listdir(folder)) == sorted(os.listdir(whole))
+    assert same(load_file(folder / 'generator' / 'unet' / 'diffusion_pytorch_model.safetensors'),
+                load_file(whole / 'generator' / 'unet' / 'diffusion_pytorch_model.safetensors'))
+
+
+def test_the_state_holds_every_tensor_and_the_last_two_are_kept(whole, teacher):
+    assert sorted(os.listdir(whole / 'state')) == ['000000072', '000000096']
+    count = len(unet.load(teacher).state_dict())
+    names = [name.partition('.')[0] for name in state(whole)]
+    assert {name: names.count(name) for name in names} == dict(G=count, ema=count, fake=count, adam_G=count, adam_fake=count)
+    assert sorted(os.listdir(whole / 'state' / '000000096')) == ['state.json', 'tensors.safetensors']
+
+
+KILLS = 20
+KILLER = """
+import json, os, random, signal, sys, time
+import torch
+torch.set_num_threads(1)
+import sid_lsg
+random.seed(0)
+teacher, folder, kills = sys.argv[1], sys.argv[2], int(sys.argv[3])
+settings = dict(kimg=100.0, save_every=0.008, grid_kimg=100.0, log_seconds=0)
+def newest():
+    states = sorted(p for p in os.listdir(folder + '/state') if p.isdigit()) if os.path.isdir(folder + '/state') else []
+    return int(states[-1]) if states else 0
+for kill in range(kills):
+    begun = newest()
+    child = os.fork()
+    if not child:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        given = dict(resume=folder) if begun else dict(teacher=teacher, out=folder, **settings)
+        sid_lsg.train(sid_lsg.make_config(sid_lsg.TrainConfig, given))
+        os._exit(0)
+    while newest() <= begun:                    # a state was written, so there is something to lose
+        time.sleep(0.01)
+        if os.waitpid(child, os.WNOHANG)[0]:
+            sys.exit('the child ended by itself')
+    time.sleep(random.random() * 0.3)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    lines = open(folder + '/log.jsonl').read().split('\\n')
+    logged = [json.loads(line)['images'] for line in lines if line.endswith('}')]
+    print(begun, newest(), logged[-1], flush=True)
+"""
+
+
+def test_killed_at_any_moment_a_run_loses_no_more_than_since_the_last_save(teacher, tmp_path):
+    """kill -9, twenty times, while a state is saved after every iteration: half of the time is saving."""
+    folder = tmp_path / 'run'
+    result = subprocess.run([sys.executable, '-c', KILLER, str(teacher), str(folder), str(KILLS)], cwd=ROOT,
+                            capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    lines = [[int(number) for number in line.split()] for line in result.stdout.splitlines()]
+    assert len(lines) == KILLS
+    for begun, newest, logged in lines:
+        assert begun < newest <= logged <= newest + 16          # an iteration done, and one whose save was cut off
+    train(folder, kimg=(lines[-1][1] + 8) / 1000)
+    images = [row['images'] for row in rows(folder)]
+    assert images == list(range(8, lines[-1][1] + 9, 8))        # no iteration twice, none missing
+
+
+def test_two_processes_are_one(whole, teacher, tmp_path):
+    """torchrun with gloo: the same total batch gives the same weights up to the order of summation."""
+    options = [f'--{name.replace("_", "-")}={value}' for name, value in LENGTH.items()]
+    result = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=0', '--rdzv_backend=c10d',
+         '--rdzv_endpoint=localhost:0', ROOT / 'sid_lsg.py', 'train', '--teacher', teacher, '--out', tmp_path / 'run', *options],
+        capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert result.returncode == 0, result.stderr
+    ours, theirs = state(whole), state(tmp_path / 'run')
+    for name in ours:
+        if not name.startswith('adam'):
+            assert (ours[name] - theirs[name]).abs().max() < 1e-4, name
+    for one, two in zip(rows(whole), rows(tmp_path / 'run'), strict=True):
+        for name in one:
+            assert two[name] == pytest.approx(one[name], rel=2e-3, abs=1e-4), name
+    assert result.stdout.count('Distilling') == 1
+
+
+def refused(capsys, *words, **given):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop, sid_lsg.user_errors():
+        train(**given)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count('\n') == 1 and error.startswith('sid_lsg: '), error
+    for word in words:
+        assert word in error
+
+
+def copy_of(run, folder):
+    subprocess.run(['cp', '-r', run, folder], check=True)
+    return folder
+
+
+def test_states_that_cannot_be_resumed(whole, teacher, tmp_path, capsys):
+    refused(capsys, 'config.json', folder=tmp_path / 'nowhere')
+    folder = copy_of(whole, tmp_path / 'run')
+    weights = folder / 'state' / '000000096' / 'tensors.safetensors'
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    refused(capsys, '000000096', 'cut off', folder=folder)
+    subprocess.run(['rm', '-r', folder / 'state' / '000000096'], check=True)    # as the sentence advises
+    train(folder)
+    assert same(state(folder), state(whole)) and rows(folder) == rows(whole)
+    save_file({'G.conv_in.weight': torch.zeros(1)}, weights)
+    refused(capsys, '000000096', 'not those of this teacher', folder=folder)
+    subprocess.run(['rm', '-r', folder / 'state'], check=True)
+    refused(capsys, 'state', 'found none', folder=folder)
+
+
+def test_a_state_of_another_teacher_is_refused(whole, teacher, tmp_path, capsys):
+    folder, other = copy_of(whole, tmp_path / 'run'), copy_of(teacher, tmp_path / 'other')
+    net = unet.load(other)
+    with torch.no_grad():
+        net.conv_in.weight.add_(0.01)
+    unet.save(net, other / 'unet')
+    settings = json.loads((folder / 'config.json').read_text())
+    (folder / 'config.json').write_text(json.dumps({**settings, 'teacher': str(other)}))
+    refused(capsys, 'another teacher', folder=folder)
+
+
+@pytest.mark.parametrize('change', [dict(lr=0.5), dict(batch=16), dict(kappa=(2.0,)), dict(seed=2), dict(size=64)])
+def test_settings_that_would_make_it_another_run_are_refused(change, whole, capsys):
+    name, = change
+    refused(capsys, f'--{name}', 'another run', folder=whole, **change)
+
+
+def test_length_intervals_and_micro_batch_may_change(whole, tmp_path):
+    folder = copy_of(whole, tmp_path / 'run')
+    train(folder, kimg=0.112, grid_kimg=0.016, micro_batch=4, kappa=(1.5,))     # kappa as it was, in its short form
+    assert rows(folder)[-2]['images'] == 112 and (folder / 'grid_000000112.png').exists()
+
+
+def test_a_full_disk_stops_the_run_and_keeps_the_state(whole, teacher, tmp_path, capsys):
+    """A limit on the size of files stands for the disk: the log fits, the state does not."""
+    folder = copy_of(whole, tmp_path / 'run')
+    before, limits = state(folder), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, limits[1]))
+    try:
+        refused(capsys, 'could not be written', folder=folder, kimg=0.12, grid_kimg=100.0, save_every=0.008)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert same(state(folder), before) and sorted(os.listdir(folder / 'state')) == ['000000072', '000000096']
+    train(folder, kimg=0.12)
+    assert [row['images'] for row in rows(folder) if 'loss_G' in row] == list(range(8, 121, 8))
+
+
+def test_a_folder_that_cannot_be_written_is_named(teacher, tmp_path, capsys):
+    (tmp_path / 'file').write_text('')
+    refused(capsys, str(tmp_path / 'file'), folder=tmp_path / 'file' / 'run', teacher=teacher)
+
+
+def test_a_run_of_nothing_but_nan_stops_with_its_last_good_state(teacher, tmp_path, monkeypatch, capsys):
+    generate, calls = sid_lsg.generate, []
+
+    def broken(*arguments):
+        calls.append(1)
+        return generate(*arguments) * (torch.nan if len(calls) > 40 else 1)     # 16 pictures first, then 2 an iteration
+    monkeypatch.setattr(sid_lsg, 'generate', broken)
+    refused(capsys, 'NaN', folder=tmp_path / 'run', teacher=teacher, **{**LENGTH, 'kimg': 0.4, 'progress_samples': 0})
+    states = sorted(os.listdir(tmp_path / 'run' / 'state'))
+    logged = rows(tmp_path / 'run')
+    assert len([row for row in logged if row['nan_samples'] == 8]) == 10
+    assert all(torch.isfinite(w).all() for w in state(tmp_path / 'run', int(states[-1])).values())
+
+
+def test_options_that_save_memory_change_next_to_nothing(whole, teacher, tmp_path):
+    train(tmp_path / 'run', teacher, **LENGTH, checkpoint=True, ema_device='cpu')
+    for name, w in state(whole).items():
+        assert torch.allclose(state(tmp_path / 'run')[name], w, rtol=1e-4, atol=1e-5), name
+
+
+def test_bf16_holds_the_teacher_in_bf16_and_the_rest_in_fp32(teacher, tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(sid_lsg.Run, 'close', kept.append)
+    train(tmp_path / 'run', teacher, **LENGTH, precision='bf16')
+    run, = kept
+    types = {name: {p.dtype for p in getattr(run, name).parameters()} for name in ('teacher', 'G', 'fake', 'ema')}
+    assert types == dict(teacher={torch.bfloat16}, G={torch.float32}, fake={torch.float32}, ema={torch.float32})
+    assert rows(tmp_path / 'run')[-2]['images'] == 96
+
+
+def test_out_of_memory_names_the_next_option(teacher, tmp_path, monkeypatch, capsys):
+    def no_memory(*_):
+        raise torch.OutOfMemoryError('CUDA out of memory')
+    monkeypatch.setattr(sid_lsg, 'train', no_memory)
+    options, tried = [], []
+    for _ in range(5):
+        with pytest.raises(SystemExit) as stop:
+            sid_lsg.main(['train', '--teacher', str(teacher), '--micro-batch', '2', *options])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and 'out of memory' in error
+        tried.append(error.strip().partition('; ')[2].removeprefix('try '))
+        options += tried[-1].split() if tried[-1].startswith('--') else []
+    assert tried[:4] == ['--precision bf16', '--micro-batch 1', '--checkpoint', '--ema-device cpu'] and '--size' in tried[4]
