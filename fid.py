@@ -345,7 +345,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 def find_pictures(folder):
     """The pictures in and below a folder, each once, in natural order: 2.png before 10.png."""
-    found = {path.resolve(): path for path in sorted(Path(folder).rglob('*'))
+    found = {path.resolve(): path for path in sorted(Path(folder).rglob('*'), reverse=True)
              if path.suffix.lower() in SUFFIXES and path.is_file()}
     check(found, f'no pictures found in or below {folder} (looked for {" ".join(SUFFIXES)})')
     # split() gives text and digits in turn, so that like meets like when two names are compared.
