@@ -175,15 +175,16 @@ def known_file(path, what, size, sha256, url):
 
     Raises FileNotFoundError, with the command that fetches it: nothing is downloaded by itself."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f'expected the weights of {what} at {path}, found no file; fetch them ({size}, '
-                                f'sha256 {sha256}) with\n    curl -L --create-dirs -o {path} {url}')
+        raise FileNotFoundError(
+            f'expected the weights of {what} at {path}, found no file; fetch them ({size}, sha256 '
+            f'{sha256}) with\n    curl -L --create-dirs -o {path} {url}')
     digest = hashlib.sha256()
     with open(path, 'rb') as file:
         while block := file.read(1 << 20):
             digest.update(block)
     if digest.hexdigest() != sha256:
-        warn(f'{path} is NOT THE PUBLISHED FILE of {what}: sha256 {digest.hexdigest()}, expected {sha256}; '
-             'unless it holds the same tensors, the number compares with no one else\'s')
+        warn(f'{path} is NOT THE PUBLISHED FILE of {what}: sha256 {digest.hexdigest()}, expected '
+             f'{sha256}; unless it holds the same tensors, the number compares with no one else\'s')
     return digest.hexdigest()
 
 
@@ -200,8 +201,8 @@ def load_inception(path):
         # Without torch's version mark, which dict() drops, num_batches_tracked may be there or not.
         net.load_state_dict(dict(state), strict=True, assign=True)
     except BROKEN as error:
-        raise ValueError(f'{path} does not hold FID\'s Inception, which has 1,008 classes (torchvision\'s, '
-                         f'with 1,000, is another net); {reason(error)}') from None
+        raise ValueError(f'{path} does not hold FID\'s Inception, which has 1,008 classes '
+                         f'(torchvision\'s, with 1,000, is another net); {reason(error)}') from None
     net.sha256 = digest
     return net.float().eval().requires_grad_(False)
 
@@ -216,7 +217,7 @@ PRESETS = {     # the tables', the one while training, pytorch-fid's; one does n
 
 
 def shrink(image, preset):
-    """A PIL picture as uint8 (256, 256, 3), for pytorch at its own size. The second time changes nothing."""
+    """A PIL picture as uint8 (256, 256, 3), for pytorch at its own size. Twice does no more than once."""
     image = image.convert('RGB')
     if preset != 'pytorch':
         side = min(image.size)
@@ -228,7 +229,7 @@ def shrink(image, preset):
 
 
 def tf1_bilinear(x, side=299):
-    """TensorFlow 1's resize of (B, C, H, W): output i lies at i H / side, neither centred nor smoothed."""
+    """TensorFlow 1's resize of (B, C, H, W): output i lies at i H / side, not centred, not smoothed."""
     for axis in (2, 3):
         place = torch.arange(side, device=x.device) * (x.shape[axis] / side)
         low = place.long()
@@ -246,7 +247,7 @@ def to_input(image, preset, device='cpu'):
     if preset == 'tf':
         x = tf1_bilinear(x)
     else:       # clean-fid lets Pillow resize each channel in float; this is the same to 0.003 of 255
-        x = F.interpolate(x, (299, 299), mode='bicubic', antialias=True, align_corners=False).clamp(0, 255)
+        x = F.interpolate(x, (299, 299), mode='bicubic', antialias=True).clamp(0, 255)
     return (x - 128) / 128
 
 
@@ -292,17 +293,17 @@ class Moments:
         return (self.product - self.n * np.outer(self.mu, self.mu)) / (self.n - 1)
 
 
-def save_stats(path, moments, preset, weights_sha256):
+def save_stats(path, mu, sigma, n, preset, weights_sha256):
     """An .npz for load_stats, and for pytorch-fid and its kin, which read mu and sigma."""
     with open(f'{path}.tmp', 'wb') as file:
-        np.savez(file, mu=moments.mu, sigma=moments.sigma, n=moments.n, preset=preset,
-                 res=0 if preset == 'pytorch' else 256, weights_sha256=weights_sha256)
+        np.savez(file, mu=mu, sigma=sigma, n=n, preset=preset, res=0 if preset == 'pytorch' else 256,
+                 weights_sha256=weights_sha256)
     Path(f'{path}.tmp').replace(path)
 
 
 def load_stats(path):
-    """dict(mu, sigma, n, preset, weights_sha256) of an .npz by save_stats or by pytorch-fid, TTUR, EDM, ADM
-    (mu, sigma) or others (mean, cov), which leave the last three 0 and ''. None: it holds no statistics."""
+    """dict(mu, sigma, n, preset, weights_sha256) of an .npz by save_stats, or by others, who leave the
+    last three out (0 and '' then) and may say mean and cov. None: it holds no statistics."""
     try:
         with np.load(path, allow_pickle=False) as file:
             mean, cov = ('mu', 'sigma') if 'mu' in file else ('mean', 'cov')
@@ -315,9 +316,9 @@ def load_stats(path):
         raise ValueError(f'expected an .npz with statistics (mu, sigma) or pictures at {path}; '
                          f'{reason(error)}') from None
     mu, sigma = stats['mu'], stats['sigma']
-    check(mu.ndim == 1 and sigma.shape == 2 * mu.shape and np.isfinite(mu).all() and np.isfinite(sigma).all(),
-          f'expected finite mu (D,) and sigma (D, D) in {path}, found {mu.shape} and {sigma.shape}'
-          + ' with NaN or infinity' * (not np.isfinite(mu.sum() + sigma.sum())))
+    check(mu.ndim == 1 and sigma.shape == 2 * mu.shape and np.isfinite(mu.sum() + sigma.sum()),
+          f'expected mu (D,) and sigma (D, D) in {path}, without NaN or infinity; found {mu.shape} and '
+          f'{sigma.shape}, with {np.isnan(mu).sum() + np.isnan(sigma).sum()} NaN')
     return stats
 
 
@@ -336,7 +337,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
         warn('a covariance has eigenvalues well below 0: were the statistics made in float32?')
     trace_of_root = np.sqrt(squares.clip(min=0)).sum()
     distance = float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * trace_of_root)
-    check(distance > -1e-3, f'the Fréchet distance is {distance:.3g}, below 0 by more than rounding explains')
+    check(distance > -1e-3, f'the Fréchet distance is {distance:.3g}, too far below 0 for rounding')
     return max(distance, 0.0)
 
 
@@ -367,12 +368,12 @@ def read_array(path):
         check(dtype == np.uint8 and len(shape) == 4 and shape[3] == 3 and not fortran,
               f'it holds {dtype} {shape}, and nothing is scaled or turned by guess')
     except BROKEN as error:
-        raise ValueError('expected a folder of pictures, an .npz of statistics (mu, sigma), or an .npy or .npz '
-                         f'of uint8 pictures (N, H, W, 3), found {path}; {reason(error)}') from None
+        raise ValueError('expected a folder of pictures, an .npz of statistics (mu, sigma), or an .npy '
+                         f'or .npz of uint8 pictures (N, H, W, 3), found {path}; {reason(error)}') from None
     yield shape[0]
     for i in range(shape[0]):
         data = file.read(size := shape[1] * shape[2] * 3)
-        check(len(data) == size, f'expected {shape[0]} pictures in {path}, found it cut off in number {i}')
+        check(len(data) == size, f'expected {shape[0]} pictures in {path}, it is cut off in number {i}')
         yield np.frombuffer(data, np.uint8).reshape(shape[1:])
 
 
@@ -384,20 +385,19 @@ def decode(item, preset, skip_bad):
         with Image.open(item) as image:
             return shrink(image, preset), f'{image.format} {image.mode} {image.width}x{image.height}'
     except Exception as error:      # Pillow's decoders raise OSError, SyntaxError, struct.error ...
-        check(skip_bad, f'expected a whole picture in {item}, found none ({reason(error)}); replace it, or '
-                        'leave such out with --skip-bad')
+        check(skip_bad, f'expected a whole picture in {item}, found none ({reason(error)}); replace it, '
+                        'or leave such out with --skip-bad')
         return warn(f'left out {item} ({reason(error)})')
 
 
 def read_pictures(path, args, preset, num=0):
     """The count of the first `num` pictures (0: all) in a folder or array file, then lists of args.batch
     uint8 arrays. What they are goes to stderr. Memory stays flat, however many there are."""
-    items = find_pictures(path) if Path(path).is_dir() else read_array(path)
-    ends = (f', {items[0].name} ... {items[min(num or len(items), len(items)) - 1].name}'
-            if isinstance(items, list) else '')
+    items, ends = (find_pictures(path), True) if Path(path).is_dir() else (read_array(path), False)
     found = len(items) if ends else next(items)
     count = min(num or found, found)
-    print(f'{path}: {"all" if count == found else f"the first {count} of"} {found} pictures{ends}', file=sys.stderr)
+    print(f'{path}: {"all" if count == found else f"the first {count} of"} {found} pictures'
+          + (f', {items[0].name} ... {items[count - 1].name}' if ends else ''), file=sys.stderr)
     yield count
     kinds, began, printed, done = Counter(), time.time(), time.time(), 0
     items, work = islice(items, count), partial(decode, preset=preset, skip_bad=args.skip_bad)
@@ -410,13 +410,13 @@ def read_pictures(path, args, preset, num=0):
             yield [image for image, _ in filter(None, group)]
             if time.time() - printed > 5 and done < count:
                 printed, pace = time.time(), done / (time.time() - began)
-                print(f'{done} of {count} pictures, {pace:.1f} a second, {(count - done) / pace:.0f} s left',
-                      file=sys.stderr)
+                print(f'{done} of {count} pictures, {pace:.1f} a second, '
+                      f'{(count - done) / pace:.0f} s left', file=sys.stderr)
     print(f'{path}: ' + ', '.join(f'{n} {kind}' for kind, n in kinds.most_common(4))
           + f' and {len(kinds) - 4} more kinds' * (len(kinds) > 4), file=sys.stderr)
     modes = {kind.split()[1] for kind in kinds} - {'RGB', 'L', 'P', '1', 'CMYK', 'YCbCr', 'HSV', 'LAB'}
     if modes:
-        warn(f'{path} has pictures of mode {", ".join(modes)}: alpha is dropped, levels above 255 are white')
+        warn(f'{path} has pictures of mode {", ".join(modes)}: alpha is dropped, levels above 255 cut')
     if any(kind.startswith('JPEG') for kind in kinds):
         warn(f'{path} has JPEGs: right for COCO itself, but what is generated belongs in PNG')
 
@@ -424,17 +424,30 @@ def read_pictures(path, args, preset, num=0):
 # ---------------------------------------------------------------------------------------------------
 # CLIP ViT-g-14, both towers; names are open_clip's
 
+class Attention(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x, causal):
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)           # (B, L, 3 C)
+        q, k, v = qkv.unflatten(2, (3, 16, -1)).permute(2, 0, 3, 1, 4)      # both towers have 16 heads
+        h = F.scaled_dot_product_attention(q, k, v, is_causal=causal)       # (B, 16, L, C / 16)
+        return self.out_proj(h.transpose(1, 2).flatten(2))
+
+
 class Layer(nn.Module):
     def __init__(self, width, hidden):
         super().__init__()
         self.ln_1 = nn.LayerNorm(width, eps=1e-5)
-        self.attn = nn.MultiheadAttention(width, 16, batch_first=True)      # 16 heads in both towers
+        self.attn = Attention(width)
         self.ln_2 = nn.LayerNorm(width, eps=1e-5)
         self.mlp = nn.ModuleDict(dict(c_fc=nn.Linear(width, hidden), c_proj=nn.Linear(hidden, width)))
 
-    def forward(self, x, mask=None):
-        h = self.ln_1(x)
-        x = x + self.attn(h, h, h, attn_mask=mask, need_weights=False)[0]
+    def forward(self, x, causal):
+        x = x + self.attn(self.ln_1(x), causal)
         # The exact GELU; quick GELU is for OpenAI's own weights (open_clip model_configs/ViT-g-14.json).
         return x + self.mlp['c_proj'](F.gelu(self.mlp['c_fc'](self.ln_2(x))))
 
@@ -444,7 +457,7 @@ def layers(width, count, hidden):
 
 
 class Vision(nn.Module):
-    """Pictures (B, 3, side, side) from to_clip() to (B, 1024): the class token's last state, projected."""
+    """Pictures (B, 3, side, side) of to_clip() to (B, 1024): the class token's last state, projected."""
 
     def __init__(self, width, count, hidden, patch, grid, out):
         super().__init__()
@@ -462,7 +475,7 @@ class Vision(nn.Module):
         x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1)       # (B, 257, 1408)
         x = self.ln_pre(x + self.positional_embedding)
         for layer in self.transformer['resblocks']:
-            x = layer(x)
+            x = layer(x, causal=False)
         return self.ln_post(x[:, 0]) @ self.proj                                # (B, 1024)
 
 
@@ -482,9 +495,8 @@ class CLIP(nn.Module):
     def text(self, tokens):
         """(B, 77) to (B, 1024): the end token's last state, projected; it has the largest id."""
         x = self.token_embedding(tokens) + self.positional_embedding
-        mask = torch.full((x.shape[1], x.shape[1]), -torch.inf, device=x.device).triu(1)        # causal
         for layer in self.transformer['resblocks']:
-            x = layer(x, mask)
+            x = layer(x, causal=True)
         return self.ln_final(x[torch.arange(len(x)), tokens.argmax(1)]) @ self.text_projection
 
 
@@ -505,7 +517,7 @@ def load_clip(path):
                        *(len(state['token_embedding.weight']), state['visual.proj'].shape[1]))
         net.load_state_dict(state, strict=True, assign=True)
     except BROKEN as error:
-        raise ValueError(f'{path} does not hold a CLIP with open_clip\'s names; {reason(error)}') from None
+        raise ValueError(f'{path} does not hold CLIP with open_clip\'s names; {reason(error)}') from None
     return net.eval().requires_grad_(False)
 
 
@@ -523,9 +535,9 @@ def to_clip(image, side):
 
 
 def clip_tokens(tokenizer, captions):
-    """(B, 77) of 'A photo depicts ' + caption, for so the tables' captions begin; 0 after the end token."""
+    """(B, 77) of 'A photo depicts ' + caption, as the tables have it; 0 after the end token."""
     tokens = tokenizer(['A photo depicts ' + caption for caption in captions])
-    end = (tokens == tokenizer.end).int().argmax(1, keepdim=True)       # the first; clip_text pads with it
+    end = (tokens == tokenizer.end).int().argmax(1, keepdim=True)       # the first; clip_text pads so
     return tokens.masked_fill(torch.arange(tokens.shape[1]) > end, 0)
 
 
@@ -542,20 +554,34 @@ def run_clip(args):
     try:
         lines = Path(args.sets[1]).read_text(encoding='utf-8').split('\n')
     except BROKEN as error:
-        raise ValueError(f'expected UTF-8 text, one caption a line, at {args.sets[1]}; {reason(error)}') from None
+        raise ValueError(f'expected UTF-8 text, one caption a line, at {args.sets[1]}; '
+                         f'{reason(error)}') from None
     captions = [line.strip() for line in lines if line.strip()][:args.num or None]
-    check(len(captions) == count, f'expected a caption for each picture, found {len(captions)} captions in '
-          f'{args.sets[1]} and {count} pictures in {args.sets[0]}; --num N takes the first N of both')
+    check(len(captions) == count, f'expected a caption for each picture, found {len(captions)} captions '
+          f'in {args.sets[1]} and {count} pictures in {args.sets[0]}; --num N takes the first N of both')
     tokenizer = clip_text.load_tokenizer(args.tokenizer or Path(args.clip).parent)
     clip, cosines = load_clip(args.clip).to(args.device), []
     check(tokenizer.end == clip.token_embedding.num_embeddings - 1,
           f'expected the tokenizer of {args.clip}, whose last id is its end token; give --tokenizer')
     for images in pictures:
         texts = captions[len(cosines):len(cosines) + len(images)]
-        seen = clip.visual(torch.cat([to_clip(image, clip.visual.side) for image in images]).to(args.device))
-        cosines += F.cosine_similarity(seen, clip.text(clip_tokens(tokenizer, texts).to(args.device))).tolist()
+        inputs = torch.cat([to_clip(image, clip.visual.side) for image in images])
+        seen = clip.visual(inputs.to(args.device))
+        read = clip.text(clip_tokens(tokenizer, texts).to(args.device))
+        cosines += F.cosine_similarity(seen, read).tolist()
     check(np.isfinite(cosines).all(), f'expected finite cosines, found NaN; is {args.clip} whole?')
     return dict(clip_score=float(np.mean(cosines)), n=count)
+
+
+def measure(path, args, preset, inception, last):
+    """What save_stats stores, of the pictures in a folder or array file."""
+    pictures, moments = read_pictures(path, args, preset, args.num if last else 0), Moments()
+    check((count := next(pictures)) > 1,
+          f'expected 2 pictures or more in {path}, for a covariance, found {count}')
+    for images in filter(None, pictures):
+        moments.add(features(inception, images, preset))
+    return dict(mu=moments.mu, sigma=moments.sigma, n=moments.n, preset=preset,
+                weights_sha256=inception.sha256)
 
 
 def run_fid(args):
@@ -567,30 +593,23 @@ def run_fid(args):
     for path in args.sets:
         check(Path(path).exists(), f'expected pictures or statistics at {path}, found nothing')
     sets = [load_stats(path) if path.endswith('.npz') else None for path in args.sets]
-    check(not (sets[0] and args.save_stats or sets[-1] and args.num), '--save-stats takes its first set, and '
-          '--num its last, as pictures; found statistics')
+    check(not (sets[0] and args.save_stats or sets[-1] and args.num),
+          '--save-stats takes its first set, and --num its last, as pictures; found statistics')
     presets = {stats['preset'] if stats else args.preset for stats in sets} - {''}
     check(len(presets) < 2, f'expected one preset, found {" and ".join(sorted(presets))} (this run\'s is '
           f'{args.preset}), between which FID means nothing; give --preset, or make the statistics anew')
     preset = ' '.join(presets) or 'unknown'
     inception = load_inception(args.weights).to(args.device) if None in sets else None
     for i, path in enumerate(args.sets):
-        if not sets[i]:
-            pictures = read_pictures(path, args, preset, args.num if path is args.sets[-1] else 0)
-            check((n := next(pictures)) > 1, f'expected 2 pictures or more in {path}, for a covariance, found {n}')
-            moments = Moments()
-            for images in filter(None, pictures):
-                moments.add(features(inception, images, preset))
-            sets[i] = dict(mu=moments.mu, sigma=moments.sigma, n=moments.n, preset=preset,
-                           weights_sha256=inception.sha256)
-            if i == 0 and args.save_stats:
-                save_stats(args.save_stats, moments, preset, inception.sha256)
+        sets[i] = sets[i] or measure(path, args, preset, inception, last=path is args.sets[-1])
+        if i == 0 and args.save_stats:
+            save_stats(args.save_stats, **sets[0])
         if not sets[i]['preset']:
             warn(f'{path} does not say how its pictures were resized; {preset} is assumed')
         if 0 < sets[i]['n'] < 2048:
             warn(f'{path} has {sets[i]["n"]} pictures, fewer than features: its FID is far too high')
     if args.coco and sets[0]['n'] != COCO:
-        warn(f'--coco expects all {COCO} pictures of val2014, found {sets[0]["n"] or "an unknown number"}')
+        warn(f'--coco expects all {COCO} pictures of val2014, found {sets[0]["n"] or "no count"}')
     weights = {stats['weights_sha256'] for stats in sets} - {''}
     if len(weights) > 1:
         warn('the two sets were measured with different files of weights')
@@ -614,13 +633,13 @@ def main(arguments=None):
     add('--skip-bad', action='store_true', help='leave out pictures that do not open')
     add('--weights', default=weights, help=f'Inception\'s {default}')
     add('--clip', metavar='WEIGHTS', help='CLIP score instead, with open_clip\'s .safetensors')
-    add('--tokenizer', help='folder of CLIP\'s vocab.json and merges.txt (default: where its weights are)')
+    add('--tokenizer', help='folder of CLIP\'s vocab.json and merges.txt (default: beside its weights)')
     add('--batch', type=int, default=32, help=f'pictures at a time {default}')
     add('--workers', type=int, default=min(8, os.cpu_count() or 1), help=f'threads that decode {default}')
     add('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help=default)
     add('--json', action='store_true', help='print all of the result, as a line of JSON')
     args = parser.parse_args(arguments)
-    torch.backends.cudnn.allow_tf32 = False         # fp32 is fp32; torch's default is TF32 in convolutions
+    torch.backends.cudnn.allow_tf32 = False     # fp32 is fp32; torch's default is TF32 in convolutions
     try:
         check(args.batch > 0 and min(args.num, args.workers) >= 0,
               'expected --batch of 1 or more, --num and --workers of 0 or more')
