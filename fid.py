@@ -368,8 +368,8 @@ def read_array(path):
         check(dtype == np.uint8 and len(shape) == 4 and shape[3] == 3 and not fortran,
               f'it holds {dtype} {shape}, and nothing is scaled or turned by guess')
     except BROKEN as error:
-        raise ValueError('expected a folder of pictures, an .npz of statistics (mu, sigma), or an .npy '
-                         f'or .npz of uint8 pictures (N, H, W, 3), found {path}; {reason(error)}') from None
+        raise ValueError(f'expected a folder of pictures, an .npz of statistics (mu, sigma), or uint8 '
+                         f'pictures (N, H, W, 3) as .npy or .npz at {path}; {reason(error)}') from None
     yield shape[0]
     for i in range(shape[0]):
         data = file.read(size := shape[1] * shape[2] * 3)
@@ -601,7 +601,7 @@ def run_fid(args):
     preset = ' '.join(presets) or 'unknown'
     inception = load_inception(args.weights).to(args.device) if None in sets else None
     for i, path in enumerate(args.sets):
-        sets[i] = sets[i] or measure(path, args, preset, inception, last=path is args.sets[-1])
+        sets[i] = sets[i] or measure(path, args, preset, inception, last=i == len(sets) - 1)
         if i == 0 and args.save_stats:
             save_stats(args.save_stats, **sets[0])
         if not sets[i]['preset']:

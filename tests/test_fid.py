@@ -173,8 +173,11 @@ def names(net):
 
 def test_names_and_shapes_are_the_published_ones(reference):
     with torch.device('meta'):
-        assert names(fid.Inception()) == sorted(reference['inception_names'])
-        assert names(fid.CLIP()) == sorted(reference['clip_names']) and len(reference['clip_names']) == 782
+        inception, clip = fid.Inception(), fid.CLIP()
+    assert names(inception) == sorted(reference['inception_names'])
+    assert names(clip) == sorted(reference['clip_names']) and len(reference['clip_names']) == 782
+    # Random weights do not show CLIP's eps: what passes through its norms is of order 1.
+    assert {m.eps for m in clip.modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-5}
 
 
 @pytest.mark.parametrize('preset', SIZES)
