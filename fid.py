@@ -330,9 +330,12 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     complex or astray when a covariance is singular (scipy issues 19415 and 20178)."""
     check(mu1.shape == mu2.shape and sigma1.shape == sigma2.shape,
           f'expected two statistics of one dimension, found {len(mu1)} and {len(mu2)}')
-    values, vectors = scipy.linalg.eigh(sigma1)
-    root = vectors * np.sqrt(values.clip(min=0))
-    squares = scipy.linalg.eigvalsh(root.T @ sigma2 @ root)
+    try:        # A from Cholesky's factors of the second: half the time, where it has full rank
+        squares, values = scipy.linalg.eigvalsh(sigma1, sigma2, type=2), np.zeros(1)
+    except scipy.linalg.LinAlgError:
+        values, vectors = scipy.linalg.eigh(sigma1)
+        root = vectors * np.sqrt(values.clip(min=0))
+        squares = scipy.linalg.eigvalsh(root.T @ sigma2 @ root)
     if values[0] < -1e-6 * values[-1] or squares[0] < -1e-6 * squares[-1]:      # rounding leaves 1e-15
         warn('a covariance has eigenvalues well below 0: were the statistics made in float32?')
     trace_of_root = np.sqrt(squares.clip(min=0)).sum()

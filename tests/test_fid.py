@@ -13,6 +13,7 @@ virtual environment of its own:
 
 import argparse
 import json
+import os
 import re
 import sys
 import tracemalloc
@@ -410,6 +411,11 @@ def test_memory_stays_flat(tmp_path):
     assert peaks[1] < 1.5 * peaks[0]
 
 
+class Code:
+    def __reduce__(self):       # who unpickles this makes a folder
+        return os.mkdir, ('made by a pickle',)
+
+
 @pytest.fixture(scope='module')
 def mess(sets, clip_path, tmp_path_factory):
     """A working folder with everything in it that a refusal needs."""
@@ -438,7 +444,7 @@ def mess(sets, clip_path, tmp_path_factory):
     (folder / 'captions.txt').write_text('a\nb\n')
     (folder / 'latin.txt').write_bytes(b'caf\xe9\n')
     torch.save({'fc.weight': torch.zeros(1000, 2048)}, folder / 'imagenet.pth')
-    torch.save(Path('code'), folder / 'pickle.pth')
+    torch.save(Code(), folder / 'pickle.pth')
     (folder / 'cut.pth').write_bytes((folder / 'imagenet.pth').read_bytes()[:5000])
     (folder / 'clip' / 'clip.safetensors').symlink_to(clip_path)
     save_file({'vision_model.embeddings.class_embedding': torch.zeros(1)}, folder / 'transformers.safetensors')
