@@ -188,6 +188,11 @@ def known_file(path, what, size, sha256, url):
     return digest.hexdigest()
 
 
+def default_weights():
+    """Where Inception's file lies if torch.hub, and so pytorch-fid, has fetched it."""
+    return Path(torch.hub.get_dir(), 'checkpoints', INCEPTION[3].rpartition('/')[2])
+
+
 def load_inception(path):
     """The net of pytorch-fid's .pth (torch-fidelity's is the same), or of those tensors as .safetensors.
 
@@ -348,9 +353,11 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 # Sets of pictures
 
 def find_pictures(folder):
-    """The pictures in and below a folder, each once, in natural order: 2.png before 10.png."""
+    """The pictures in and below a folder, each once, in natural order: 2.png before 10.png.
+
+    Without grid.png, the overview that sid_lsg.py sample puts beside its pictures."""
     found = {path.resolve(): path for path in sorted(Path(folder).rglob('*'), reverse=True)
-             if path.suffix.lower() in SUFFIXES and path.is_file()}
+             if path.suffix.lower() in SUFFIXES and path.name != 'grid.png' and path.is_file()}
     check(found, f'no pictures found in or below {folder} (looked for {" ".join(SUFFIXES)})')
     # split() gives text and digits in turn, so that like meets like when two names are compared.
     return sorted(found.values(), key=lambda path: [
@@ -626,7 +633,7 @@ def main(arguments=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog='presets:\n' + '\n'.join(f'  {name:8s}{does}' for name, does in PRESETS.items()))
     # Where torch keeps what it fetches: users of pytorch-fid have the file there.
-    weights = Path(torch.hub.get_dir(), 'checkpoints', INCEPTION[3].rpartition('/')[2])
+    weights = default_weights()
     add, default = parser.add_argument, '(default: %(default)s)'
     add('sets', nargs='+', metavar='SET', help='REAL FAKE; with --clip, FAKE CAPTIONS')
     add('--preset', choices=PRESETS, default='clean', help=default)

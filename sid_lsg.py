@@ -46,6 +46,7 @@ import signal
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -119,6 +120,12 @@ class TrainConfig:
                                'kept; also saved at the end and when interrupted')
     progress_samples: int = option(0, 'generated latents to compare with as many of the teacher\'s in 25 '
                                    'steps at each picture grid, by Frechet distance')
+    fid_stats: str = option('', 'statistics that fid.py --save-stats wrote, to score the generator '
+                            'against as it trains')
+    fid_every: float = option(500.0, 'thousand images between such scores')
+    fid_num: int = option(10_000, 'pictures for each, prompt i with seed i')
+    fid_prompts: str = option('', 'their captions, one a line (default: those of training)')
+    fid_weights: str = option('', 'Inception weights (default: as fid.py finds them)')
     checkpoint: bool = option(False, 'gradient checkpointing: less memory, a third more time')
     ema_device: str = option('', 'cpu keeps the generator\'s average there (default: where training is)')
 
@@ -445,8 +452,8 @@ class Run:
         self.config = config
         (self.teacher, self.vae, self.encode, self.prompts, self.shape, self.out,
          self.device) = open_run(config)
-        self.rank = dist.get_rank() if dist.is_initialized() else 0
-        world = dist.get_world_size() if dist.is_initialized() else 1
+        many = dist.is_initialized()
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if many else (0, 1)
         self.mark = hashlib.sha256(self.teacher.conv_in.weight.cpu().numpy().tobytes()).hexdigest()
         self.G, self.ema, self.fake = (copy.deepcopy(self.teacher) for _ in range(3))
         self.G.requires_grad_(True)             # teacher and ema stay frozen, fake half of each iteration
@@ -459,7 +466,7 @@ class Run:
         eps = 1e-6 if config.precision == 'fp16' else 1e-8
         self.optimizers = dict(G=Adam(self.G.parameters(), config.lr, eps),
                                fake=Adam(self.fake.parameters(), config.fake_lr, eps))
-        self.micro_batches = torch.arange(config.batch)[self.rank::world].split(config.micro_batch)
+        self.micro_batches = torch.arange(config.batch)[self.rank::self.world].split(config.micro_batch)
         self.first, self.iterations = 0, math.ceil(config.kimg * 1000 / config.batch)
         self.log = Log(config, self.out, self.rank == 0)
         self.interrupted = 0
@@ -470,6 +477,13 @@ class Run:
             self.progress = self.latent_moments(
                 lambda z, c: ddim(self.teacher, z, c, self.encode(['']), config.kappa[2], 25))
             print(f'{config.progress_samples} latents of the teacher in {clock(time.time() - began)}')
+        if config.fid_stats:
+            with user_errors():
+                self.stats = fid.load_stats(config.fid_stats)
+                check(self.stats, f'expected statistics by fid.py in {config.fid_stats}, found none')
+                self.inception = fid.load_inception(config.fid_weights or fid.default_weights())
+                self.inception.to(self.device)
+                self.captions = (read_prompts(config.fid_prompts) if config.fid_prompts else self.prompts)
         if config.resume:
             with user_errors():
                 self.load_state()
@@ -510,6 +524,8 @@ class Run:
             self.log.end(seen, pictures or state)
             if pictures and self.rank == 0:
                 self.save_pictures(seen)
+            if config.fid_stats and (last or crosses(config.fid_every * 1000, seen, config.batch)):
+                self.score(seen)
             if state and self.rank == 0:
                 self.save_state(seen)
         return bool(self.interrupted)
@@ -538,6 +554,32 @@ class Run:
             facts = dict(teacher=full_path(config.teacher), tokenizer=full_path(config.tokenizer),
                          t_init=config.t_init, size=self.shape[1] * self.vae.factor, images=seen)
             write_text(self.out / 'generator' / 'generator.json', json.dumps(facts, indent=2) + '\n')
+
+    @torch.no_grad()
+    def score(self, seen):
+        """FID of the average, its pictures shared among the processes, as a row of the log."""
+        began, moments = time.time(), fid.Moments()
+        self.ema.to(self.device)
+        preset = self.stats['preset'] or 'clean'
+        for rows in torch.arange(self.config.fid_num)[self.rank::self.world].split(16):
+            context = self.encode([self.captions[i % len(self.captions)] for i in rows.tolist()])
+            with autocast(self.config.precision, self.device):
+                images = draw_pictures(
+                    lambda z, fresh, c: generate(self.ema, z, c, self.config.t_init),
+                    self.vae, context, rows.tolist(), self.shape)
+            moments.add(fid.features(self.inception, list(images), preset))
+        self.ema.to(self.config.ema_device or self.device)
+        if dist.is_initialized():
+            n, total, product = (torch.as_tensor(x, dtype=torch.float64)
+                                 for x in (moments.n, moments.sum, moments.product))
+            for x in (n, total, product):
+                dist.all_reduce(x)
+            moments = fid.Moments()
+            moments.merge(int(n), total.numpy(), product.numpy())
+        if self.rank == 0:
+            value = fid.frechet_distance(moments.mu, moments.sigma, self.stats['mu'], self.stats['sigma'])
+            print(f'{seen:8d} images  FID {value:.4f}, {preset}, of {moments.n} pictures', flush=True)
+            self.log.note(seen, fid=round(value, 4), fid_seconds=round(time.time() - began, 2))
 
     @torch.no_grad()
     def latent_moments(self, make):
@@ -672,8 +714,9 @@ def clock(seconds):
 def sample(config):
     """Pictures of every prompt with every seed (without seeds: prompt i with seed i) in a folder.
 
-    Their paths go to stdout."""
-    net, vae, encode, jobs, shape, facts, out, device = open_sample(config)
+    Their paths go to stdout. Pictures that are there already are not drawn again; the processes of a
+    torchrun share what is left."""
+    net, vae, encode, jobs, todo, shape, facts, out, device = open_sample(config)
     null = encode([''])
 
     def make(z, fresh, context):
@@ -682,24 +725,28 @@ def sample(config):
         return generate(net, z, context, facts['t_init'], config.steps, fresh)
 
     began = printed = time.time()
-    shown = []
-    for first in range(0, len(jobs), config.batch):
-        texts, seeds = zip(*jobs[first:first + config.batch])
-        with autocast(config.precision, device):
-            images = draw_pictures(make, vae, encode(texts), seeds, shape)
-        for i, image in enumerate(images):
-            path = out / f'{first + i:06d}.png'
-            save_png(image, path, prompt=texts[i], seed=seeds[i], **facts)
-            print(path, flush=True)
-        shown += list(images[:64 - len(shown)])
-        done = first + len(images)
-        if time.time() - printed > 5 and done < len(jobs):
-            printed, pace = time.time(), (time.time() - began) / done
-            print(f'{done} of {len(jobs)} pictures, {1 / pace:.1f} a second, '
-                  f'{clock(pace * (len(jobs) - done))} left', file=sys.stderr)
-    columns = min(8, len(parse_seeds(config.seeds)) if config.seeds else math.ceil(len(shown) ** 0.5))
-    save_png(make_grid(shown, [f'{text} [{seed}]' for text, seed in jobs], columns), out / 'grid.png')
-    print(out / 'grid.png')
+    with ThreadPoolExecutor() as pool:          # encodes PNGs while the next batch is computed
+        saving, done = [], 0
+        for rows in [todo[i:i + config.batch] for i in range(0, len(todo), config.batch)] + [[]]:
+            if rows:
+                texts, seeds = zip(*(jobs[i] for i in rows))
+                with autocast(config.precision, device):
+                    images = draw_pictures(make, vae, encode(texts), seeds, shape)
+            for path in saving:
+                print(path.result(), flush=True)
+            saving = [pool.submit(save_png, image, out / f'{i:06d}.png', prompt=text, seed=seed, **facts)
+                      for i, image, text, seed in (zip(rows, images, texts, seeds) if rows else ())]
+            done += len(rows)
+            if time.time() - printed > 5 and done < len(todo):
+                printed, pace = time.time(), (time.time() - began) / done
+                print(f'{done} of {len(todo)} pictures, {1 / pace:.1f} a second, '
+                      f'{clock(pace * (len(todo) - done))} left', file=sys.stderr)
+    first = [out / f'{i:06d}.png' for i in range(min(len(jobs), 64))]
+    if all(path.is_file() for path in first):   # else another process is still at it, and will do this
+        columns = min(8, len(parse_seeds(config.seeds)) if config.seeds else math.ceil(len(first) ** 0.5))
+        save_png(make_grid([np.asarray(Image.open(path)) for path in first],
+                           [f'{text} [{seed}]' for text, seed in jobs], columns), out / 'grid.png')
+        print(out / 'grid.png')
 
 
 def draw_pictures(make, vae, context, seeds, shape):
@@ -735,13 +782,15 @@ def to_uint8(images):
 
 
 def save_png(image, path, **text):
-    """Write an array or Image under a temporary name, then rename it; `text` goes into text chunks."""
+    """Write an array or Image under a temporary name, then rename it; `text` goes into text chunks.
+
+    Returns the path."""
     info = PngInfo()
     for key, value in text.items():
         info.add_text(key, str(value))
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
     image.save(f'{path}.tmp', format='PNG', pnginfo=info)
-    Path(f'{path}.tmp').replace(path)
+    return Path(f'{path}.tmp').replace(path)
 
 
 def full_path(name):
@@ -952,6 +1001,8 @@ def choose_device(name):
     check(device.type != 'cuda' or (device.index or 0) < torch.cuda.device_count(),
           f'--device {name} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices; '
           'leave --device out to use what is there, or install a CUDA build of torch')
+    if device.type == 'cuda' and device.index is None and 'LOCAL_RANK' in os.environ:      # torchrun
+        device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
     # fp32 is fp32, as in the published runs; torch's default is TF32 in convolutions.
     torch.backends.cudnn.allow_tf32 = False
     return device
@@ -971,7 +1022,7 @@ def load_parts(path, device, tokenizer=''):
     return vae, encode, tokenizer
 
 
-def read_prompts(path, tokenizer):
+def read_prompts(path, tokenizer=None):
     """The prompts of a text file, one a line, without outer blanks and empty lines."""
     try:
         lines = Path(path).read_text(encoding='utf-8').split('\n')
@@ -983,7 +1034,8 @@ def read_prompts(path, tokenizer):
                          'give one with --prompts') from None
     prompts = [line.strip() for line in lines if line.strip()]
     check(prompts, f'expected one prompt a line in {path}, found none')
-    warn_of_cuts(prompts, tokenizer)
+    if tokenizer:
+        warn_of_cuts(prompts, tokenizer)
     return prompts
 
 
@@ -1050,7 +1102,6 @@ def open_run(config):
         device = choose_device(config.device)
         if world > 1:
             if device.type == 'cuda':
-                device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
                 torch.cuda.set_device(device)
             dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo')
         first = not dist.is_initialized() or dist.get_rank() == 0
@@ -1119,7 +1170,10 @@ def open_sample(config):
             check(config.kappa is None, '--kappa guides the teacher, with --teacher-steps; '
                                         'a one-step generator was trained with its own')
             folder, facts = open_generator(config)
-            facts = dict(generator=folder, steps=config.steps, t_init=facts['t_init'])
+            facts = dict(generator=folder, steps=config.steps, t_init=facts['t_init'],
+                         images=facts.get('images', 'unknown'))
+        world = int(os.environ.get('WORLD_SIZE', 1))        # torchrun sets it
+        check(config.out or world == 1, 'expected --out with torchrun, for all processes to write to')
         device = choose_device(config.device)
         net = unet.load(folder).to(device).requires_grad_(False)
         vae, encode, tokenizer = load_parts(config.teacher, device, config.tokenizer)
@@ -1130,13 +1184,32 @@ def open_sample(config):
         seeds = parse_seeds(config.seeds) if config.seeds else None
         jobs = ([(text, seed) for text in texts for seed in seeds] if seeds
                 else [(text, i) for i, text in enumerate(texts)])
-        out = new_folder(config.out, 'samples', '*.png')
-    return net, vae, encode, jobs, shape, facts, out, device
+        facts = {name: str(value) for name, value in {**facts, 'size': shape[1] * vae.factor}.items()}
+        out = Path(config.out) if config.out else new_folder('', 'samples', '*.png')
+        out.mkdir(parents=True, exist_ok=True)
+        todo = [i for i in range(int(os.environ.get('RANK', 0)), len(jobs), world)
+                if not drawn(out / f'{i:06d}.png', prompt=jobs[i][0], seed=str(jobs[i][1]), **facts)]
+        if len(todo) < len(jobs) and world == 1:
+            print(f'{len(jobs) - len(todo)} of {len(jobs)} pictures are there already', file=sys.stderr)
+    facts['t_init'] = int(facts.get('t_init', 0))
+    return net, vae, encode, jobs, todo, shape, facts, out, device
+
+
+def drawn(path, **facts):
+    """Whether a picture is there. ValueError where it is one of other settings."""
+    if not path.is_file():
+        return False
+    with Image.open(path) as image:
+        text = image.text
+    other = [name for name, value in facts.items() if text.get(name) != value]
+    check(not other, f'{path} is there already, with another {" and ".join(other)}; '
+                     'nothing was overwritten, give another --out')
+    return True
 
 
 # What may change when a run goes on: its length, what is shown and saved when, and what holds it.
 FREE = ('resume', 'kimg', 'grid_kimg', 'log_seconds', 'save_every', 'micro_batch', 'device', 'checkpoint',
-        'ema_device')
+        'ema_device', 'fid_stats', 'fid_every', 'fid_num', 'fid_prompts', 'fid_weights')
 
 
 def make_config(kind, given):

@@ -1,6 +1,7 @@
 """The command line as a user has it: train, then sample, on a teacher of random weights; and what is refused, how."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -19,8 +20,9 @@ import vae
 from conftest import ROOT, SETTINGS
 
 
-def command(*arguments, cwd):
-    return subprocess.run([sys.executable, ROOT / 'sid_lsg.py', *map(str, arguments)], cwd=cwd, capture_output=True, text=True)
+def command(*arguments, cwd, env=None):
+    return subprocess.run([sys.executable, ROOT / 'sid_lsg.py', *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
+                          env=env)
 
 
 def weights(run):
@@ -50,7 +52,8 @@ def test_train_leaves_a_whole_run_folder(run, teacher):
         'log.jsonl', 'state']
     rows = [json.loads(line) for line in (out / 'log.jsonl').read_text().splitlines()]
     assert [row['images'] for row in rows] == [8, 16, 24]
-    assert set(rows[0]) == {'images', 'seconds', 'loss_fake', 'grad_fake', 'loss_G', 'xg_xphi', 'xphi_xpsi', 'grad_G'}
+    assert set(rows[0]) == {'images', 'seconds', 'loss_fake', 'grad_fake', 'loss_G', 'xg_xphi', 'xphi_xpsi', 'grad_G',
+                            'nan_samples', 'bad_grads'}
     assert all(np.isfinite(value) for row in rows for value in row.values())
     settings = json.loads((out / 'config.json').read_text())
     assert settings['lr'] == SETTINGS['lr'] and settings['kappa'] == [1.5] * 3 and settings['t_init'] == 625
@@ -153,8 +156,31 @@ def test_sample_takes_the_newest_run_and_labels_its_pictures(run):
     assert first.size == (32, 32) and first.text['prompt'] == prompt and first.text['seed'] == '1'
     assert last.text['prompt'] == 'ünï' and last.text['seed'] == '7' and last.text['generator'].startswith('runs/000')
     assert not list(folder.glob('pictures/*.tmp'))
-    again = command('sample', prompt, '--out', 'pictures', cwd=folder)
+    again = command('sample', 'something else', '--out', 'pictures', cwd=folder)
     assert again.returncode == 2 and 'nothing was overwritten' in again.stderr
+
+
+def test_sample_goes_on_where_it_was_cut_off_and_shares_work(run, tmp_path):
+    """What is there is not drawn again; two processes, as torchrun starts them, draw the same pictures together."""
+    folder, _ = run
+    prompts = tmp_path / 'prompts.txt'
+    prompts.write_text('\n'.join(f'a red star {i}' for i in range(5)))
+    ask = ['sample', '--prompts', prompts, '--generator', folder / 'runs' / '000', '--batch', 2]
+    assert command(*ask, '--out', 'all', cwd=tmp_path).returncode == 0
+    pixels = [np.asarray(Image.open(tmp_path / 'all' / f'{i:06d}.png')).astype(int) for i in range(5)]
+    (tmp_path / 'all' / '000003.png').unlink()
+    kept = (tmp_path / 'all' / '000002.png').stat().st_mtime_ns
+    result = command(*ask, '--out', 'all', cwd=tmp_path)
+    assert result.stdout.split() == ['all/000003.png', 'all/grid.png'] and '4 of 5' in result.stderr
+    assert (tmp_path / 'all' / '000002.png').stat().st_mtime_ns == kept
+    for rank, own in ((0, [0, 2, 4]), (1, [1, 3])):
+        environment = {**os.environ, 'RANK': str(rank), 'WORLD_SIZE': '2'}
+        result = command(*ask, '--out', 'shared', cwd=tmp_path, env=environment)
+        paths = [f'shared/{i:06d}.png' for i in own] + ['shared/grid.png'] * rank       # the last one draws the grid
+        assert result.stdout.split() == paths, result.stderr
+    for name in ('all', 'shared'):
+        for i in range(5):
+            assert abs(np.asarray(Image.open(tmp_path / name / f'{i:06d}.png')) - pixels[i]).max() <= 1
 
 
 def test_a_picture_depends_on_its_prompt_and_seed_alone(run):

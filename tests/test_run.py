@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import fid
 import sid_lsg
 import unet
 from conftest import ROOT
@@ -245,7 +247,7 @@ def test_options_that_save_memory_change_next_to_nothing(whole, teacher, tmp_pat
 
 def test_bf16_holds_the_teacher_in_bf16_and_the_rest_in_fp32(teacher, tmp_path, monkeypatch):
     kept = []
-    monkeypatch.setattr(sid_lsg.Run, 'close', kept.append)
+    monkeypatch.setattr(sid_lsg.Run, 'close', lambda run: kept.append(run))
     train(tmp_path / 'run', teacher, **LENGTH, precision='bf16')
     run, = kept
     types = {name: {p.dtype for p in getattr(run, name).parameters()} for name in ('teacher', 'G', 'fake', 'ema')}
@@ -266,3 +268,34 @@ def test_out_of_memory_names_the_next_option(teacher, tmp_path, monkeypatch, cap
         tried.append(error.strip().partition('; ')[2].removeprefix('try '))
         options += tried[-1].split() if tried[-1].startswith('--') else []
     assert tried[:4] == ['--precision bf16', '--micro-batch 1', '--checkpoint', '--ema-device cpu'] and '--size' in tried[4]
+
+
+def test_a_run_can_score_itself_by_fid(teacher, tmp_path, monkeypatch):
+    """The FID that it logs is fid.py's of the pictures that its generator draws, prompt i with seed i."""
+    class Eyes(torch.nn.Module):                # stands for Inception, which takes seconds a picture on a CPU
+        sha256 = 'none'
+
+        def forward(self, images):
+            return torch.nn.functional.adaptive_avg_pool2d(images, 2).flatten(1)
+
+    eyes = Eyes()
+    eyes.weight = torch.nn.Parameter(torch.zeros(1))
+    monkeypatch.setattr(sid_lsg.fid, 'load_inception', lambda path: eyes)
+    rng = np.random.default_rng(0)
+    fid.save_stats(tmp_path / 'stats.npz', rng.normal(size=12), np.cov(rng.normal(size=(12, 40))), 40, 'clean', 'none')
+    (tmp_path / 'captions.txt').write_text('a red star\na blue ring\n')
+    settings = dict(fid_stats=str(tmp_path / 'stats.npz'), fid_every=0.064, fid_num=20, fid_prompts=str(tmp_path / 'captions.txt'))
+    train(tmp_path / 'run', teacher, **LENGTH, **settings)
+    found = {row['images']: row['fid'] for row in rows(tmp_path / 'run') if 'fid' in row}
+    assert sorted(found) == [64, 96]
+
+    vae, encode, _ = sid_lsg.load_parts(teacher, torch.device('cpu'))
+    net, moments = unet.load(tmp_path / 'run' / 'generator'), fid.Moments()
+    with torch.no_grad():
+        for i in range(20):
+            context = encode([['a red star', 'a blue ring'][i % 2]])
+            images = sid_lsg.draw_pictures(lambda z, fresh, c: sid_lsg.generate(net, z, c), vae, context, [i], (4, 4, 4))
+            moments.add(fid.features(eyes, list(images), 'clean'))
+    stats = fid.load_stats(tmp_path / 'stats.npz')
+    expected = fid.frechet_distance(moments.mu, moments.sigma, stats['mu'], stats['sigma'])
+    assert found[96] == pytest.approx(expected, rel=1e-3)
