@@ -1,6 +1,6 @@
 """Score a run of the tiny world against its teacher, on captions that neither was trained on.
 
-    python tests/score_tiny.py runs/000 [--captions 2000] [--kappa 1.5 3]
+    python tests/score_tiny.py runs/000 [--captions 2000] [--kappa 1.5 2]
 
 Prints, for the untouched teacher in one step, the teacher in 25 DDIM steps at each kappa, and the run's
 generator in one step: the share of pictures right in every attribute and in each (tests/tiny_world.py
@@ -38,7 +38,7 @@ def main():
     parser.add_argument('--teacher', default=make_tiny_sd.TINY, help='default: %(default)s')
     parser.add_argument('--captions', type=int, default=2000,
                         help='held-out captions to use, default: %(default)s')
-    parser.add_argument('--kappa', type=float, nargs='*', default=[1.5, 3.0],
+    parser.add_argument('--kappa', type=float, nargs='*', default=[1.5, 2.0],
                         help='the teacher\'s guidance, default: %(default)s')
     parser.add_argument('--steps', type=int, default=25,
                         help='the teacher\'s DDIM steps, default: %(default)s')
