@@ -683,7 +683,7 @@ def draw_curves(log_file, path):
     """All numbers of a log.jsonl over the images seen, one small panel each, as PNG."""
     rows = [json.loads(line) for line in Path(log_file).read_text(encoding='utf-8').splitlines()]
     names = [name for name in dict.fromkeys(name for row in rows for name in row)
-             if name not in ('images', 'seconds')]
+             if name != 'images' and 'seconds' not in name]
     wide, high = 320, 120
     sheet = Image.new('RGB', (2 * wide, math.ceil(len(names) / 2) * high), 'white')
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
