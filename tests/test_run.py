@@ -18,7 +18,7 @@ import unet
 from conftest import ROOT
 
 # 12 iterations of 8, pictures after 5 and 10 (and 12), a state after every third.
-LENGTH = dict(kimg=0.096, grid_kimg=0.04, save_every=0.024, log_seconds=0, progress_samples=20)
+LENGTH = dict(kimg=0.096, grid_kimg=0.04, save_every=0.024, log_seconds=0)
 
 
 def train(folder, teacher=None, **given):
@@ -205,7 +205,7 @@ def test_settings_that_would_make_it_another_run_are_refused(change, whole, caps
 def test_length_intervals_and_micro_batch_may_change(whole, tmp_path):
     folder = copy_of(whole, tmp_path / 'run')
     train(folder, kimg=0.112, grid_kimg=0.016, micro_batch=4, kappa=(1.5,))     # kappa as it was, in its short form
-    assert rows(folder)[-2]['images'] == 112 and (folder / 'grid_000000112.png').exists()
+    assert rows(folder)[-1]['images'] == 112 and (folder / 'grid_000000112.png').exists()
 
 
 def test_a_full_disk_stops_the_run_and_keeps_the_state(whole, teacher, tmp_path, capsys):
@@ -234,7 +234,7 @@ def test_a_run_of_nothing_but_nan_stops_with_its_last_good_state(teacher, tmp_pa
         calls.append(1)
         return generate(*arguments) * (torch.nan if len(calls) > 40 else 1)     # 16 pictures first, then 2 an iteration
     monkeypatch.setattr(sid_lsg, 'generate', broken)
-    refused(capsys, 'NaN', folder=tmp_path / 'run', teacher=teacher, **{**LENGTH, 'kimg': 0.4, 'progress_samples': 0})
+    refused(capsys, 'NaN', folder=tmp_path / 'run', teacher=teacher, **{**LENGTH, 'kimg': 0.4})
     states = sorted(os.listdir(tmp_path / 'run' / 'state'))
     logged = rows(tmp_path / 'run')
     assert len([row for row in logged if row['nan_samples'] == 8]) == 10
@@ -243,8 +243,9 @@ def test_a_run_of_nothing_but_nan_stops_with_its_last_good_state(teacher, tmp_pa
 
 def test_options_that_save_memory_change_next_to_nothing(whole, teacher, tmp_path):
     train(tmp_path / 'run', teacher, **LENGTH, checkpoint=True, ema_device='cpu')
+    ours = state(tmp_path / 'run')
     for name, w in state(whole).items():
-        assert torch.allclose(state(tmp_path / 'run')[name], w, rtol=1e-4, atol=1e-5), name
+        assert torch.allclose(ours[name], w, rtol=1e-4, atol=1e-5), name
 
 
 def test_bf16_holds_the_teacher_in_bf16_and_the_rest_in_fp32(teacher, tmp_path, monkeypatch):
@@ -254,7 +255,7 @@ def test_bf16_holds_the_teacher_in_bf16_and_the_rest_in_fp32(teacher, tmp_path, 
     run, = kept
     types = {name: {p.dtype for p in getattr(run, name).parameters()} for name in ('teacher', 'G', 'fake', 'ema')}
     assert types == dict(teacher={torch.bfloat16}, G={torch.float32}, fake={torch.float32}, ema={torch.float32})
-    assert rows(tmp_path / 'run')[-2]['images'] == 96
+    assert rows(tmp_path / 'run')[-1]['images'] == 96
 
 
 def test_out_of_memory_names_the_next_option(teacher, tmp_path, monkeypatch, capsys):
@@ -287,9 +288,11 @@ def test_a_run_can_score_itself_by_fid(teacher, tmp_path, monkeypatch):
     fid.save_stats(tmp_path / 'stats.npz', rng.normal(size=12), np.cov(rng.normal(size=(12, 40))), 40, 'clean', 'none')
     (tmp_path / 'captions.txt').write_text('a red star\na blue ring\n')
     settings = dict(fid_stats=str(tmp_path / 'stats.npz'), fid_every=0.064, fid_num=20, fid_prompts=str(tmp_path / 'captions.txt'))
-    train(tmp_path / 'run', teacher, **LENGTH, **settings)
+    train(tmp_path / 'run', teacher, **LENGTH, **settings, progress_samples=20)
     found = {row['images']: row['fid'] for row in rows(tmp_path / 'run') if 'fid' in row}
     assert sorted(found) == [64, 96]
+    progress = {row['images']: row['progress_fd'] for row in rows(tmp_path / 'run') if 'progress_fd' in row}
+    assert sorted(progress) == [0, 40, 80, 96] and progress[0] != progress[96]
 
     vae, encode, _ = sid_lsg.load_parts(teacher, torch.device('cpu'))
     net, moments = unet.load(tmp_path / 'run' / 'generator'), fid.Moments()
