@@ -203,9 +203,9 @@ def load(path):
             hidden_size=side('text_model.embeddings.token_embedding.weight', 1, 768),
             intermediate_size=side('text_model.encoder.layers.0.mlp.fc1.weight', 0, 3072),
             num_hidden_layers=12, num_attention_heads=12)
-    encoder = unet.sized(lambda c: TextEncoder(
-        c['vocab_size'], c['hidden_size'], c['num_hidden_layers'], c['num_attention_heads'],
-        c['intermediate_size']), config, file)
+    encoder = unet.sized(lambda: TextEncoder(
+        config['vocab_size'], config['hidden_size'], config['num_hidden_layers'],
+        config['num_attention_heads'], config['intermediate_size']), file)
     return unet.fill(encoder, tensors, names, file, scope=prefix and unet.PREFIX['text_encoder'])
 
 

@@ -126,7 +126,7 @@ class TrainConfig:
     fid_num: int = option(10_000, 'pictures for each, prompt i with seed i')
     fid_prompts: str = option('', 'their captions, one a line (default: those of training)')
     fid_weights: str = option('', 'Inception weights (default: as fid.py finds them)')
-    checkpoint: bool = option(False, 'gradient checkpointing: less memory, a third more time')
+    checkpoint: bool = option(False, 'gradient checkpointing: less memory, one more forward pass')
     ema_device: str = option('', 'cpu keeps the generator\'s average there (default: where training is)')
 
 
@@ -254,7 +254,7 @@ def generator_loss(x_g, x_phi, x_psi, alpha):
 def train(config):
     """Distil config.teacher into a run folder. The method is the loop below; Run keeps the books."""
     run = Run(config)
-    teacher, G, ema, fake, null = run.teacher, run.G, run.ema, run.fake, run.encode([''])
+    teacher, G, ema, fake, null = run.teacher, run.G, run.ema, run.fake, run.null
     kappa1, kappa2, kappa4 = config.kappa
     drop = config.drop if (kappa1, kappa2) != (1, 1) else 0.0
 
@@ -395,7 +395,10 @@ class Log:
         self.file = out and out / 'log.jsonl'
         self.row, self.waiting, self.failing = {}, [], 0
         self.began = self.printed = time.time()
-        self.first = 0                          # images before this process began
+        self.images, self.seconds = 0, 0.0      # of the run before this process took it up
+
+    def elapsed(self):
+        return self.seconds + time.time() - self.began
 
     def add(self, **values):
         """Add to this iteration's numbers; what micro-batches and processes give sums up."""
@@ -409,10 +412,11 @@ class Log:
             numbers = torch.stack([self.row[name].float() for name in parts])
             dist.all_reduce(numbers)
             self.row.update(zip(parts, numbers))
-        self.waiting.append(dict(images=seen, seconds=time.time() - self.began, **self.row))
+        if self.writes:
+            self.waiting.append(dict(images=seen, seconds=self.elapsed(), **self.row))
+            if now or time.time() - self.printed >= self.config.log_seconds:
+                self.write(seen)
         self.row = {}
-        if self.writes and (now or time.time() - self.printed >= self.config.log_seconds):
-            self.write(seen)
 
     def write(self, seen):
         self.printed = time.time()
@@ -427,7 +431,7 @@ class Log:
             self.failing = self.failing + 1 if row['nan_samples'] >= self.config.batch else 0
             if self.failing == 10:
                 raise FloatingPointError('every sample was NaN for 10 iterations')
-        pace = (self.printed - self.began) / max(seen - self.first, 1)
+        pace = (self.printed - self.began) / (seen - self.images)
         mean = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
         trouble = sum(row['nan_samples'] + row['bad_grads'] for row in rows)
         print(f'{seen:8d} images  {pace * 1000:6.1f} s per 1,000  '
@@ -440,7 +444,7 @@ class Log:
     def note(self, seen, **values):
         """A row of its own for what is measured now and then."""
         with open(self.file, 'a', encoding='utf-8') as file:
-            file.write(json.dumps(dict(images=seen, seconds=time.time() - self.began, **values)) + '\n')
+            file.write(json.dumps(dict(images=seen, seconds=self.elapsed(), **values)) + '\n')
 
 
 class Run:
@@ -452,6 +456,7 @@ class Run:
         self.config = config
         (self.teacher, self.vae, self.encode, self.prompts, self.shape, self.out,
          self.device) = open_run(config)
+        self.null = self.encode([''])
         many = dist.is_initialized()
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if many else (0, 1)
         self.mark = hashlib.sha256(self.teacher.conv_in.weight.cpu().numpy().tobytes()).hexdigest()
@@ -469,27 +474,25 @@ class Run:
         self.micro_batches = torch.arange(config.batch)[self.rank::self.world].split(config.micro_batch)
         self.first, self.iterations = 0, math.ceil(config.kimg * 1000 / config.batch)
         self.log = Log(config, self.out, self.rank == 0)
-        self.interrupted = 0
-        self.handlers = {number: signal.signal(number, self.interrupt)
-                         for number in (signal.SIGINT, signal.SIGTERM)}
-        if config.progress_samples and self.rank == 0:
-            began = time.time()
-            self.progress = self.latent_moments(
-                lambda z, c: ddim(self.teacher, z, c, self.encode(['']), config.kappa[2], 25))
-            print(f'{config.progress_samples} latents of the teacher in {clock(time.time() - began)}')
-        if config.fid_stats:
-            with user_errors():
+        with user_errors():
+            if config.fid_stats:
                 self.stats = fid.load_stats(config.fid_stats)
                 check(self.stats, f'expected statistics by fid.py in {config.fid_stats}, found none')
                 self.inception = fid.load_inception(config.fid_weights or fid.default_weights())
                 self.inception.to(self.device)
-                self.captions = (read_prompts(config.fid_prompts) if config.fid_prompts else self.prompts)
-        if config.resume:
-            with user_errors():
+                self.captions = read_prompts(config.fid_prompts) if config.fid_prompts else self.prompts
+            if config.progress_samples and self.rank == 0:
+                began = time.time()
+                self.progress = self.latent_moments(lambda z, fresh, context: ddim(
+                    self.teacher, z, context, self.null, config.kappa[2], 25))
+                print(f'{config.progress_samples} latents of the teacher in {clock(time.time() - began)}')
+            if config.resume:
                 self.load_state()
-        elif self.rank == 0:
-            with user_errors():
+            elif self.rank == 0:
                 self.save_pictures(0)
+        self.interrupted = 0
+        self.handlers = {number: signal.signal(number, self.interrupt)
+                         for number in (signal.SIGINT, signal.SIGTERM)}
 
     def draw(self, iteration, half, rows, drop=0.0):
         return draw_samples(self.config, self.prompts, self.encode, self.shape, self.device,
@@ -500,7 +503,7 @@ class Run:
         config, optimizer = self.config, self.optimizers[name]
         full = config.lr if name == 'G' else config.fake_lr
         optimizer.lr = full * (1 - (1 - config.lr_end) * iteration / self.iterations)
-        # fp16 without loss scaling: the loss is a sum over pixels, its gradients do not underflow.
+        # No loss scaling in fp16: the losses are sums over pixels, not means.
         clip = 1.0 if name == 'G' and config.precision == 'fp16' else math.inf
         norm, broken = update(optimizer, clip)
         self.log.add(**{f'grad_{name}': norm, 'bad_grads': broken})
@@ -524,28 +527,30 @@ class Run:
             self.log.end(seen, pictures or state)
             if pictures and self.rank == 0:
                 self.save_pictures(seen)
-            if config.fid_stats and (last or crosses(config.fid_every * 1000, seen, config.batch)):
+            # Not when interrupted: ten thousand pictures are more than a machine about to vanish grants.
+            if config.fid_stats and not self.interrupted and (
+                    last or crosses(config.fid_every * 1000, seen, config.batch)):
                 self.score(seen)
             if state and self.rank == 0:
                 self.save_state(seen)
         return bool(self.interrupted)
+
+    def one_step(self, z, fresh, context):
+        return generate(self.ema, z, context, self.config.t_init)
 
     @torch.no_grad()
     def save_pictures(self, seen):
         """A grid from 16 fixed seeds and prompts, the averaged generator as a folder diffusers opens."""
         config, texts = self.config, self.prompts[::max(1, len(self.prompts) // 16)][:16]
         self.ema.to(self.device)
-
-        def one_step(z, fresh, context):
-            return generate(self.ema, z, context, config.t_init)
         with autocast(config.precision, self.device):
-            images = [draw_pictures(one_step, self.vae, self.encode([text]), [i], self.shape)[0]
+            images = [draw_pictures(self.one_step, self.vae, self.encode([text]), [i], self.shape)[0]
                       for i, text in enumerate(texts)]
-            if config.progress_samples:
-                began = time.time()
-                ours = self.latent_moments(lambda z, c: one_step(z, None, c))
-                self.log.note(seen, progress_fd=round(fid.frechet_distance(*ours, *self.progress), 4),
-                              progress_seconds=round(time.time() - began, 2))
+        if config.progress_samples:
+            began = time.time()
+            distance = fid.frechet_distance(*self.latent_moments(self.one_step), *self.progress)
+            self.log.note(seen, progress_fd=round(distance, 4),
+                          progress_seconds=round(time.time() - began, 2))
         self.ema.to(config.ema_device or self.device)
         save_png(make_grid(images, texts, 4), self.out / f'grid_{seen:09d}.png')
         if seen:
@@ -564,10 +569,8 @@ class Run:
         for rows in torch.arange(self.config.fid_num)[self.rank::self.world].split(16):
             context = self.encode([self.captions[i % len(self.captions)] for i in rows.tolist()])
             with autocast(self.config.precision, self.device):
-                images = draw_pictures(
-                    lambda z, fresh, c: generate(self.ema, z, c, self.config.t_init),
-                    self.vae, context, rows.tolist(), self.shape)
-            moments.add(fid.features(self.inception, list(images), preset))
+                images = draw_pictures(self.one_step, self.vae, context, rows.tolist(), self.shape)
+            moments.add(fid.features(self.inception, images, preset))
         self.ema.to(self.config.ema_device or self.device)
         if dist.is_initialized():
             n, total, product = (torch.as_tensor(x, dtype=torch.float64)
@@ -583,17 +586,16 @@ class Run:
 
     @torch.no_grad()
     def latent_moments(self, make):
-        """Mean and covariance of pooled latents make(z, context), prompt i with seed i."""
-        count, latents = self.config.progress_samples, []
-        for rows in torch.arange(count).split(min(self.config.micro_batch, 64)):
+        """Mean (16,) and covariance of pooled latents make(z, None, context), prompt i with seed i."""
+        moments = fid.Moments()
+        for rows in torch.arange(self.config.progress_samples).split(min(self.config.micro_batch, 64)):
             z = torch.stack([torch.randn(self.shape, generator=torch.Generator().manual_seed(i))
                              for i in rows.tolist()])
             texts = [self.prompts[i % len(self.prompts)] for i in rows.tolist()]
             with autocast(self.config.precision, self.device):
-                x = make(z.to(self.device), self.encode(texts))
-            latents.append(torch.nn.functional.adaptive_avg_pool2d(x.float(), 2).flatten(1).cpu())
-        latents = torch.cat(latents).double().numpy()                   # (N, 16)
-        return latents.mean(0), np.cov(latents, rowvar=False)
+                x = make(z.to(self.device), None, self.encode(texts))
+            moments.add(torch.nn.functional.adaptive_avg_pool2d(x.float(), 2).flatten(1).cpu())
+        return moments.mu, moments.sigma
 
     def tensors(self):
         """Everything that training changes, by name."""
@@ -615,7 +617,7 @@ class Run:
         try:
             save_file({name: w.cpu().contiguous() for name, w in self.tensors().items()},
                       new / 'tensors.safetensors')
-            facts = dict(images=seen, seconds=time.time() - self.log.began, teacher=self.mark,
+            facts = dict(images=seen, seconds=self.log.elapsed(), teacher=self.mark,
                          log_bytes=self.log.file.stat().st_size)
             write_text(new / 'state.json', json.dumps(facts, indent=2) + '\n')
             for file in (*new.iterdir(), new):
@@ -650,7 +652,7 @@ class Run:
         self.first = facts['images'] // self.config.batch
         for optimizer in self.optimizers.values():
             optimizer.steps = self.first
-        self.log.first, self.log.began = facts['images'], time.time()
+        self.log.images, self.log.seconds, self.log.began = facts['images'], facts['seconds'], time.time()
         if self.rank == 0:                      # rows after the state will be written again
             os.truncate(self.log.file, min(facts['log_bytes'], self.log.file.stat().st_size))
             print(f'Resuming {self.out} at {facts["images"]} images', flush=True)
@@ -722,25 +724,30 @@ def sample(config):
     def make(z, fresh, context):
         if config.teacher_steps:
             return ddim(net, z, context, null, config.kappa, config.teacher_steps)
-        return generate(net, z, context, facts['t_init'], config.steps, fresh)
+        return generate(net, z, context, int(facts['t_init']), config.steps, fresh)
 
     began = printed = time.time()
-    with ThreadPoolExecutor() as pool:          # encodes PNGs while the next batch is computed
-        saving, done = [], 0
-        for rows in [todo[i:i + config.batch] for i in range(0, len(todo), config.batch)] + [[]]:
-            if rows:
-                texts, seeds = zip(*(jobs[i] for i in rows))
-                with autocast(config.precision, device):
-                    images = draw_pictures(make, vae, encode(texts), seeds, shape)
+    saving = []
+
+    def finish_saving():
+        with user_errors():
             for path in saving:
                 print(path.result(), flush=True)
-            saving = [pool.submit(save_png, image, out / f'{i:06d}.png', prompt=text, seed=seed, **facts)
-                      for i, image, text, seed in (zip(rows, images, texts, seeds) if rows else ())]
-            done += len(rows)
-            if time.time() - printed > 5 and done < len(todo):
+
+    with ThreadPoolExecutor() as pool:          # encodes PNGs while the next batch is computed
+        for done in range(0, len(todo), config.batch):
+            if time.time() - printed > 5:
                 printed, pace = time.time(), (time.time() - began) / done
                 print(f'{done} of {len(todo)} pictures, {1 / pace:.1f} a second, '
                       f'{clock(pace * (len(todo) - done))} left', file=sys.stderr)
+            rows = todo[done:done + config.batch]
+            texts, seeds = zip(*(jobs[i] for i in rows))
+            with autocast(config.precision, device):
+                images = draw_pictures(make, vae, encode(texts), seeds, shape)
+            finish_saving()
+            saving = [pool.submit(save_png, image, out / f'{i:06d}.png', prompt=text, seed=seed, **facts)
+                      for i, image, text, seed in zip(rows, images, texts, seeds)]
+        finish_saving()
     first = [out / f'{i:06d}.png' for i in range(min(len(jobs), 64))]
     if all(path.is_file() for path in first):   # else another process is still at it, and will do this
         columns = min(8, len(parse_seeds(config.seeds)) if config.seeds else math.ceil(len(first) ** 0.5))
@@ -828,9 +835,7 @@ def convert(config):
         check(config.overwrite or not target.exists(),
               f'{target} exists already, nothing was overwritten; give another name, or --overwrite')
         single = target.suffix == '.safetensors'
-        folder = source / 'generator' if (source / 'generator').is_dir() else source
-        said = folder / 'generator.json'
-        facts = unet.read_json(said) if said.is_file() else {}
+        folder, facts = generator_in(source)
         pickled = source.is_file() and is_official_pickle(source)
         student = bool(facts) or pickled
         net = read_official_pickle(source) if pickled else unet.load(folder if facts else config.source)
@@ -849,6 +854,7 @@ def convert(config):
               'use --precision fp32')
         new = target.with_name(target.name + '.tmp')
         remove(new)
+        target.parent.mkdir(parents=True, exist_ok=True)
         try:
             if single:
                 tensors = original_tensors(net, vae, text, dtype, source, target)
@@ -866,8 +872,8 @@ def convert(config):
             if target.is_dir():             # with --overwrite
                 check((target / 'unet').is_dir(), f'{target} is a folder that holds no checkpoint, '
                                                   'so it is not replaced; give another name')
-            remove(target)
-            new.rename(target)
+                remove(target)
+            new.replace(target)
         finally:
             remove(new)
     print(f'{target}: {"a one-step generator" if student else "a diffusion model"} in {config.precision}')
@@ -977,12 +983,12 @@ def read_official_pickle(file):
 
 @contextlib.contextmanager
 def user_errors():
-    """Turns what is wrong with files and settings into a sentence and exit code 2.
+    """Turns what is wrong with files, settings or numbers into a sentence and exit code 2.
 
-    It goes around opening, never around running."""
+    It goes around opening and saving, never around an iteration."""
     try:
         yield
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, SafetensorError, FloatingPointError) as error:
         print(f'sid_lsg: {error}', file=sys.stderr)
         sys.exit(2)
 
@@ -1083,6 +1089,7 @@ def open_run(config):
         check(len(config.kappa) == 3,
               'expected --kappa with one number, or three (kappa1, kappa2 = kappa3, kappa4), '
               f'got {len(config.kappa)}')
+        settings = {name: value for name, value in asdict(config).items() if name != 'resume'}
         world = int(os.environ.get('WORLD_SIZE', 1))        # torchrun sets it
         config.micro_batch = config.micro_batch or max(config.batch // world, 1)
         at_once = config.micro_batch * world
@@ -1094,8 +1101,10 @@ def open_run(config):
               'steps lie in 0 ... 999 and --t-min below --t-max, got '
               f'--t-min {config.t_min} --t-max {config.t_max} --t-init {config.t_init}')
         check(0 <= config.drop <= 1, f'expected --drop to be a share from 0 to 1, got {config.drop}')
-        check(min(config.kimg, config.grid_kimg, config.save_every) > 0,
-              'expected --kimg, --grid-kimg and --save-every above 0')
+        check(min(config.kimg, config.grid_kimg, config.save_every, config.fid_every) > 0,
+              'expected --kimg, --grid-kimg, --save-every and --fid-every above 0')
+        check(config.fid_num >= 2 * world,
+              f'expected --fid-num to be 2 a process or more, got {config.fid_num}')
         check(config.progress_samples == 0 or config.progress_samples > 16,
               'expected --progress-samples to be 0 or more than the 16 numbers that each is pooled to, '
               f'got {config.progress_samples}')
@@ -1113,7 +1122,6 @@ def open_run(config):
         out = Path(config.resume) if config.resume else None
         if first and not config.resume:
             out = new_folder(config.out, 'runs', 'config.json')
-            settings = {name: value for name, value in asdict(config).items() if name != 'resume'}
             write_text(out / 'config.json', json.dumps(settings, indent=2) + '\n')
     if first:
         print(f'Distilling {config.teacher} ({sum(p.numel() for p in teacher.parameters()) / 1e6:.1f} '
@@ -1133,6 +1141,13 @@ def parse_seeds(text):
     return seeds
 
 
+def generator_in(path):
+    """The generator's folder in a run folder, or `path` itself, and what its generator.json says."""
+    folder = Path(path, 'generator') if Path(path, 'generator').is_dir() else Path(path)
+    said = folder / 'generator.json'
+    return folder, unet.read_json(said) if said.is_file() else {}
+
+
 def open_generator(config):
     """The folder of the generator to draw with and what its generator.json says.
 
@@ -1141,15 +1156,13 @@ def open_generator(config):
     check(config.generator or newest,
           'expected a trained generator, found none under runs/; run `python sid_lsg.py train` first, '
           'give --generator FOLDER, or --teacher-steps 25 for the teacher itself')
-    folder = Path(config.generator or newest[-1])
-    folder = folder / 'generator' if (folder / 'generator').is_dir() else folder
-    said = folder / 'generator.json'
-    facts = json.loads(said.read_text(encoding='utf-8')) if said.is_file() else dict(t_init=625)
+    folder, facts = generator_in(config.generator or newest[-1])
+    facts = {'t_init': 625, **facts}
     whole = folder.is_file() or (folder / 'vae').is_dir()       # convert writes such
     config.teacher = config.teacher or (str(folder) if whole else facts.get('teacher'))
     config.tokenizer = config.tokenizer or facts.get('tokenizer', '')
     config.size = config.size or facts.get('size', 0)
-    check(config.teacher, f'expected {said} to name the teacher, '
+    check(config.teacher, f'expected {folder}/generator.json to name the teacher, '
                           'whose VAE and text encoder are needed; give --teacher FOLDER')
     return folder, facts
 
@@ -1191,7 +1204,6 @@ def open_sample(config):
                 if not drawn(out / f'{i:06d}.png', prompt=jobs[i][0], seed=str(jobs[i][1]), **facts)]
         if len(todo) < len(jobs) and world == 1:
             print(f'{len(jobs) - len(todo)} of {len(jobs)} pictures are there already', file=sys.stderr)
-    facts['t_init'] = int(facts.get('t_init', 0))
     return net, vae, encode, jobs, todo, shape, facts, out, device
 
 
@@ -1272,7 +1284,7 @@ def less_memory(config):
     """The next thing to try, in order of what it costs."""
     if isinstance(config, SampleConfig):
         return f'try --batch {config.batch // 2}' if config.batch > 1 else 'try --precision bf16'
-    if config.precision == 'fp32':
+    if config.precision == 'fp32' and not config.resume:        # which it cannot change
         return 'try --precision bf16'
     if config.micro_batch > 1:
         return f'try --micro-batch {config.micro_batch // 2}'

@@ -357,6 +357,10 @@ def asked_for(error):
     return asked and f'asks for {asked[1]}'
 
 
+# One repository, before and after it moved.
+SAME = ('stable-diffusion-v1-5/stable-diffusion-v1-5', 'runwayml/stable-diffusion-v1-5')
+
+
 def locate(path):
     """The Path that `path` names: a file, a folder, or a repo id in the local Hugging Face cache."""
     if Path(path).exists():
@@ -383,9 +387,6 @@ def locate(path):
     raise FileNotFoundError(
         f'expected a checkpoint at {path}, found nothing there; give a folder in diffusers layout, '
         f'a .safetensors or .ckpt file, or a repo id in {cache}')
-
-
-SAME = ('stable-diffusion-v1-5/stable-diffusion-v1-5', 'runwayml/stable-diffusion-v1-5')  # it moved
 
 
 def read_json(file):
@@ -498,11 +499,11 @@ def fill(net, tensors, names, file, scope=''):
     return net.eval()
 
 
-def sized(make, config, file):
-    """make(config) on the meta device: no memory or random numbers for weights about to be replaced."""
+def sized(make, file):
+    """make() on the meta device: no memory or random numbers for weights about to be replaced."""
     try:
         with torch.device('meta'):
-            return make(config)
+            return make()
     except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
         raise ValueError(f'the sizes given with {file} are not those of a Stable Diffusion 1.5 '
                          f'({type(error).__name__}: {error})') from None
@@ -543,10 +544,10 @@ def original_names(net):
 
 def from_config(config, tensors, file):
     """The UNet that diffusers' `config` describes, with `tensors` under its names; load() says more."""
-    net = sized(lambda c: UNet(
-        tuple(c['block_out_channels']), c['cross_attention_dim'], c['attention_head_dim'],
-        c['layers_per_block'], c.get('norm_num_groups', 32),
-        tuple(kind == 'CrossAttnDownBlock2D' for kind in c['down_block_types'])), config, file)
+    net = sized(lambda: UNet(
+        tuple(config['block_out_channels']), config['cross_attention_dim'], config['attention_head_dim'],
+        config['layers_per_block'], config.get('norm_num_groups', 32),
+        tuple(kind == 'CrossAttnDownBlock2D' for kind in config['down_block_types'])), file)
     net.sample_size = config.get('sample_size', 64)
     return fill(net, tensors, lambda key: [key], file)
 
@@ -568,7 +569,7 @@ def load(path):
     channels = [side(f'input_blocks.{1 + 3 * i}.0.out_layers.3.weight', 0, c)
                 for i, c in enumerate((320, 640, 1280, 1280))]
     context = side('input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight', 1, 768)
-    net = sized(lambda _: UNet(tuple(channels), context), None, file)
+    net = sized(lambda: UNet(tuple(channels), context), file)
     names = original_names(net)
     prefix = PREFIX['unet']
     if sum(name.startswith('model_ema.diffusion_model') for name in tensors) >= len(names):

@@ -217,9 +217,10 @@ def load(path):
     import unet         # reads all files; here, since the net above needs nothing of it
     config, tensors, file = unet.open_part(path, 'vae')
     if config is not None:
-        vae = unet.sized(lambda c: VAE(
-            tuple(c['block_out_channels']), c['layers_per_block'], c.get('norm_num_groups', 32),
-            c.get('scaling_factor', 0.18215)), config, file)        # absent from SD 1.5's own config.json
+        vae = unet.sized(lambda: VAE(
+            tuple(config['block_out_channels']), config['layers_per_block'],
+            config.get('norm_num_groups', 32),
+            config.get('scaling_factor', 0.18215)), file)           # absent from SD 1.5's own config.json
 
         def names(key):
             old = re.sub(r'(attentions\.0)\.(\w+(\.0)?)',
@@ -230,7 +231,7 @@ def load(path):
     prefix = unet.PREFIX['vae']
     first = [tensors.get(f'{prefix}encoder.down.{i}.block.0.conv1.weight') for i in range(4)]
     channels = [w.shape[0] if w is not None else c for w, c in zip(first, (128, 256, 512, 512))]
-    vae = unet.sized(lambda _: VAE(tuple(channels)), None, file)
+    vae = unet.sized(lambda: VAE(tuple(channels)), file)
 
     def names(key):
         name = original_name(key)

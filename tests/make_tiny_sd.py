@@ -6,8 +6,8 @@
 
 Each stage keeps a checkpoint in --work every few minutes and goes on from it when started again. The nets
 are this project's own, in SD's architecture at a two-hundredth of its size: Stable Diffusion itself is
-trained like this. The UNet attends to text on its lower level only, as SD's does not on its lowest: at
-this size that makes an iteration of the distillation 1.6 times faster, and the teacher no worse.
+trained like this. The UNet attends to text on its lower level only, which makes an iteration of the
+distillation about 1.6 times faster than with attention on both.
 
 The teacher in the repository came from these three commands; its decoder was trained on beside the UNet,
 which needs nothing of it.
@@ -217,8 +217,8 @@ def write_rest():
     prompts = list(dict.fromkeys(tiny_world.caption(s) for s in training_scenes(6000, seed=4)))
     (TINY / 'prompts.txt').write_text('\n'.join(prompts) + '\n')
     (TINY / 'held_out.txt').write_text('\n'.join(tiny_world.caption(s) for s in split()[0]) + '\n')
-    # The narrower range of t is what moves this teacher's student fastest: at the ends there is either
-    # nothing but noise or nothing left to say.
+    # Not the paper's: made for nine minutes. A trial with t in [50, 750) had 69 % right after 4,000 images,
+    # one with [20, 980) 63 %; one seed each.
     (TINY / 'sid_lsg.json').write_text(json.dumps(
         {'kimg': 13.0, 'batch': 32, 'lr': 3e-4, 'fake_lr': 6e-4, 'lr_end': 0.05, 't_min': 50, 't_max': 700,
          'ema_kimg': 1.0, 'grid_kimg': 2.6, 'progress_samples': 100}, indent=2) + '\n')

@@ -834,6 +834,12 @@ def test_nothing_is_overwritten_unless_asked(weights, tmp_path, capsys):
         refused_by_convert(capsys, tmp_path, broken, out=out, more=['--overwrite', *tokenizer])
 
 
+def test_folders_on_the_way_to_the_target_are_made(weights, tmp_path):
+    source = single_file(emaonly)(tmp_path, weights)
+    assert convert(source, tmp_path / 'some' / 'where' / 'out.safetensors') == 0
+    assert_single_file(tmp_path / 'some' / 'where' / 'out.safetensors', weights, 'fp16')
+
+
 def test_a_single_file_without_a_tokenizer_makes_no_folder(weights, tmp_path, capsys):
     refused_by_convert(capsys, tmp_path, single_file(community)(tmp_path, weights), 'vocab.json', '--tokenizer', out='out')
 

@@ -207,6 +207,7 @@ def test_sample_draws_with_the_teacher_and_from_a_file(run, teacher):
     assert result.returncode == 0, result.stderr
     text = Image.open(folder / 'drawn' / '000001.png').text
     assert text['prompt'] == 'a blue ring' and text['seed'] == '1' and text['kappa'] == '2.0' and text['teacher_steps'] == '3'
+    assert 't_init' not in text                 # that is the generator's
 
 
 def test_a_long_prompt_is_cut_with_a_warning(run):

@@ -74,6 +74,8 @@ def test_an_interrupted_run_resumes_to_the_bit(iteration, number, whole, teacher
     monkeypatch.undo()
     train(folder)
     assert same(state(folder), state(whole)) and rows(folder) == rows(whole)
+    seconds = [json.loads(line)['seconds'] for line in (folder / 'log.jsonl').read_text().splitlines()]
+    assert seconds == sorted(seconds)                           # the clock goes on, too
     assert sorted(os.listdir(folder)) == sorted(os.listdir(whole))
     assert same(load_file(folder / 'generator' / 'unet' / 'diffusion_pytorch_model.safetensors'),
                 load_file(whole / 'generator' / 'unet' / 'diffusion_pytorch_model.safetensors'))
@@ -204,6 +206,7 @@ def test_settings_that_would_make_it_another_run_are_refused(change, whole, caps
 
 def test_length_intervals_and_micro_batch_may_change(whole, tmp_path):
     folder = copy_of(whole, tmp_path / 'run')
+    assert json.loads((folder / 'config.json').read_text())['micro_batch'] == 0     # so another number of GPUs may go on
     train(folder, kimg=0.112, grid_kimg=0.016, micro_batch=4, kappa=(1.5,))     # kappa as it was, in its short form
     assert rows(folder)[-1]['images'] == 112 and (folder / 'grid_000000112.png').exists()
 
@@ -304,3 +307,8 @@ def test_a_run_can_score_itself_by_fid(teacher, tmp_path, monkeypatch):
     stats = fid.load_stats(tmp_path / 'stats.npz')
     expected = fid.frechet_distance(moments.mu, moments.sigma, stats['mu'], stats['sigma'])
     assert found[96] == pytest.approx(expected, rel=1e-3)
+
+    interrupt_at(0, monkeypatch)                # then the state goes first: no time is spent on pictures to score
+    with pytest.raises(SystemExit):
+        train(tmp_path / 'cut', teacher, **LENGTH, **{**settings, 'fid_every': 0.008})
+    assert (tmp_path / 'cut' / 'state' / '000000008').is_dir() and not any('fid' in row for row in rows(tmp_path / 'cut'))
