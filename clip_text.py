@@ -118,8 +118,11 @@ class TextEncoder(nn.Module):
         # text_model.encoder, ...
         self.text_model = nn.Module()
         self.text_model.embeddings = nn.Module()
-        self.text_model.embeddings.token_embedding = nn.Embedding(vocab, width)
-        self.text_model.embeddings.position_embedding = nn.Embedding(LENGTH, width)
+        for name, size in (('token_embedding', vocab), ('position_embedding', LENGTH)):
+            # Uniform, not normal as nn.Embedding itself: on the meta device, where load() builds the net,
+            # torch imports all of torch._dynamo to draw that, over two seconds.
+            start = torch.empty(size, width).uniform_(-1, 1)
+            setattr(self.text_model.embeddings, name, nn.Embedding.from_pretrained(start, freeze=False))
         self.text_model.encoder = nn.Module()
         self.text_model.encoder.layers = nn.ModuleList(Layer(width, heads, hidden) for _ in range(layers))
         self.text_model.final_layer_norm = nn.LayerNorm(width, eps=1e-5)
@@ -183,8 +186,8 @@ def save_tokenizer(tokenizer, folder):
     (folder / 'tokenizer_config.json').write_text(json.dumps(facts, indent=2) + '\n')
 
 
-def load(path):
-    """The text encoder in `path`, in fp32 and eval mode.
+def load(path, dtype=torch.float32):
+    """The text encoder in `path`, in that dtype and eval mode.
 
     path: a folder in diffusers layout (with a text_encoder/ inside, or that folder itself) whose
     config.json sizes the net; an original .safetensors or .ckpt, sized by its tensors' shapes; or a repo
@@ -206,7 +209,7 @@ def load(path):
     encoder = unet.sized(lambda: TextEncoder(
         config['vocab_size'], config['hidden_size'], config['num_hidden_layers'],
         config['num_attention_heads'], config['intermediate_size']), file)
-    return unet.fill(encoder, tensors, names, file, scope=prefix and unet.PREFIX['text_encoder'])
+    return unet.fill(encoder, tensors, names, file, dtype, scope=prefix and unet.PREFIX['text_encoder'])
 
 
 def save(encoder, folder, dtype=torch.float32):

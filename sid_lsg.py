@@ -57,6 +57,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch.optim.adam import adam
 from torch.utils.checkpoint import checkpoint
 
 import clip_text
@@ -74,10 +75,10 @@ def option(default, help, **more):
     return field(default=default, metadata={'help': help, **more})
 
 
-PRECISION = option('fp32', 'fp32, or autocast to bf16 or fp16 over fp32 weights',
-                   choices=['fp32', 'bf16', 'fp16'])
+DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 TOKENIZER = option('', 'folder with vocab.json and merges.txt (default: the teacher\'s, or the local '
                    'Hugging Face cache\'s if the teacher is a single file)')
+COMPILE = option(False, 'torch.compile the nets: a minute or more at the start, then faster')
 DEVICE = option('', 'cuda, cuda:1, cpu ... (default: cuda if there is one, else cpu)')
 
 
@@ -91,7 +92,7 @@ class TrainConfig:
     resume: str = option('', 'run folder to go on with, by its own settings; only length, intervals, '
                          'micro-batch and device may be given anew')
     device: str = DEVICE
-    precision: str = PRECISION
+    precision: str = option('fp32', 'fp32, or autocast to bf16 or fp16 over fp32 weights', choices=[*DTYPES])
     seed: int = option(0, 'every random draw follows from it')
     size: int = option(0, 'side of the pictures in pixels (default: what the teacher was trained at)')
 
@@ -128,6 +129,7 @@ class TrainConfig:
     fid_weights: str = option('', 'Inception weights (default: as fid.py finds them)')
     checkpoint: bool = option(False, 'gradient checkpointing: less memory, one more forward pass')
     ema_device: str = option('', 'cpu keeps the generator\'s average there (default: where training is)')
+    compile: bool = COMPILE
 
 
 @dataclass
@@ -147,7 +149,8 @@ class SampleConfig:
     batch: int = option(8, 'pictures at a time')
     out: str = option('', 'folder to make (default: the next free samples/NNN)')
     device: str = DEVICE
-    precision: str = PRECISION
+    precision: str = option('fp32', 'of weights and arithmetic', choices=[*DTYPES])
+    compile: bool = COMPILE
 
 
 @dataclass
@@ -305,21 +308,21 @@ class Adam:
     For beta_1 = 0 that is the gradient itself; torch stores it all the same, 3.4 GB a net of SD 1.5."""
 
     def __init__(self, parameters, lr, eps):
-        self.parameters, self.lr, self.eps, self.steps = list(parameters), lr, eps, 0
+        self.parameters, self.lr, self.eps = list(parameters), lr, eps
         self.squares = [torch.zeros_like(p) for p in self.parameters]
+        self.steps = [torch.zeros((), device=p.device) for p in self.parameters]
 
     @torch.no_grad()
     def step(self):
-        self.steps += 1
-        correction = (1 - 0.999 ** self.steps) ** 0.5
-        for p, square in zip(self.parameters, self.squares):
-            square.mul_(0.999).addcmul_(p.grad, p.grad, value=1 - 0.999)
-            p.addcdiv_(p.grad, (square.sqrt() / correction).add_(self.eps), value=-self.lr)
+        gradients = [p.grad for p in self.parameters]
+        # In the first moments' place, too. Fused is one kernel, and needs no memory beside its arguments.
+        adam(
+            self.parameters, gradients, gradients, self.squares, [], self.steps, fused=True, amsgrad=False,
+            beta1=0.0, beta2=0.999, lr=self.lr, weight_decay=0.0, eps=self.eps, maximize=False)
 
 
 def autocast(precision, device):
-    dtype = torch.float16 if precision == 'fp16' else torch.bfloat16
-    return torch.autocast(device.type, dtype, enabled=precision != 'fp32')
+    return torch.autocast(device.type, DTYPES[precision], enabled=precision != 'fp32')
 
 
 @torch.no_grad()
@@ -327,21 +330,21 @@ def update(optimizer, clip=math.inf):
     """One optimizer step from the gradients of all processes. Clears them.
 
     As in the official loop, NaN becomes 0 and infinity 1e5; `clip` bounds every element, at 1 in fp16.
-    Returns the gradients' norm after that, and how many numbers in them were not finite."""
-    gradients, broken = [p.grad for p in optimizer.parameters], 0
+    Returns the norm of the gradients of all tensors in which nothing had to be replaced, and how many
+    tensors were not so."""
+    gradients = [p.grad for p in optimizer.parameters]
+    for g in gradients if dist.is_initialized() else ():
+        dist.all_reduce(g)
+    norms = torch.stack(torch._foreach_norm(gradients))
+    broken = ~norms.isfinite()
     for g in gradients:
-        if dist.is_initialized():
-            dist.all_reduce(g)
-        broken = broken + (~g.isfinite()).sum()
         torch.nan_to_num_(g, nan=0.0, posinf=1e5, neginf=-1e5)
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if clip < math.inf:
-        for g in gradients:
+        if clip < math.inf:
             g.clamp_(-clip, clip)
     optimizer.step()
     for p in optimizer.parameters:
         p.grad = None
-    return norm, broken
+    return norms.masked_fill(broken, 0).norm(), broken.sum()
 
 
 def ema_beta(config, seen):
@@ -468,6 +471,9 @@ class Run:
         if config.checkpoint:
             for net in (self.teacher, self.G, self.fake):
                 recompute_in_backward(net)
+        if config.compile:
+            for net in (self.teacher, self.G, self.fake):
+                net.compile(dynamic=False)
         eps = 1e-6 if config.precision == 'fp16' else 1e-8
         self.optimizers = dict(G=Adam(self.G.parameters(), config.lr, eps),
                                fake=Adam(self.fake.parameters(), config.fake_lr, eps))
@@ -651,7 +657,8 @@ class Run:
             w.copy_(tensors[name])
         self.first = facts['images'] // self.config.batch
         for optimizer in self.optimizers.values():
-            optimizer.steps = self.first
+            for step in optimizer.steps:
+                step.fill_(self.first)
         self.log.images, self.log.seconds, self.log.began = facts['images'], facts['seconds'], time.time()
         if self.rank == 0:                      # rows after the state will be written again
             os.truncate(self.log.file, min(facts['log_bytes'], self.log.file.stat().st_size))
@@ -720,6 +727,10 @@ def sample(config):
     torchrun share what is left."""
     net, vae, encode, jobs, todo, shape, facts, out, device = open_sample(config)
     null = encode([''])
+    if config.compile:
+        config.batch = max(min(config.batch, len(todo)), 1)
+        for part in (net, vae.decoder):         # a single picture waits for kernels to start: CUDA graphs
+            part.compile(dynamic=False, mode='reduce-overhead' if config.batch == 1 else 'default')
 
     def make(z, fresh, context):
         if config.teacher_steps:
@@ -741,9 +752,9 @@ def sample(config):
                 print(f'{done} of {len(todo)} pictures, {1 / pace:.1f} a second, '
                       f'{clock(pace * (len(todo) - done))} left', file=sys.stderr)
             rows = todo[done:done + config.batch]
-            texts, seeds = zip(*(jobs[i] for i in rows))
-            with autocast(config.precision, device):
-                images = draw_pictures(make, vae, encode(texts), seeds, shape)
+            filled = rows + rows[-1:] * (config.batch - len(rows)) if config.compile else rows  # one shape
+            texts, seeds = zip(*(jobs[i] for i in filled))
+            images = draw_pictures(make, vae, encode(texts), seeds, shape)
             finish_saving()
             saving = [pool.submit(save_png, image, out / f'{i:06d}.png', prompt=text, seed=seed, **facts)
                       for i, image, text, seed in zip(rows, images, texts, seeds)]
@@ -846,7 +857,7 @@ def convert(config):
               'give --teacher, the checkpoint to take them from')
         config.precision = config.precision or ('fp16' if single else 'fp32')
         vae, text = (vae_module.load(teacher), clip_text.load(teacher)) if teacher else (None, None)
-        dtype = {'fp32': torch.float32, 'fp16': torch.float16}[config.precision]
+        dtype = DTYPES[config.precision]
         biggest = max((w.abs().max().item(), name) for part in (net, vae, text) if part is not None
                       for name, w in part.state_dict().items())
         check(biggest[0] <= torch.finfo(dtype).max,
@@ -1014,13 +1025,13 @@ def choose_device(name):
     return device
 
 
-def load_parts(path, device, tokenizer=''):
+def load_parts(path, device, tokenizer='', dtype=torch.float32):
     """The VAE and `encode` of a checkpoint: encode(list of B str) -> context (B, 77, D) on the device.
 
     Its tokenizer is third; `tokenizer` may name another one's folder."""
     tokenizer = clip_text.load_tokenizer(tokenizer or path)
-    vae, text = vae_module.load(path), clip_text.load(path)
-    vae.to(device).requires_grad_(False), text.to(device)
+    vae, text = vae_module.load(path, dtype), clip_text.load(path, dtype).to(device)
+    vae.to(device, memory_format=torch.channels_last).requires_grad_(False)
 
     @torch.no_grad()
     def encode(texts):
@@ -1188,8 +1199,9 @@ def open_sample(config):
         world = int(os.environ.get('WORLD_SIZE', 1))        # torchrun sets it
         check(config.out or world == 1, 'expected --out with torchrun, for all processes to write to')
         device = choose_device(config.device)
-        net = unet.load(folder).to(device).requires_grad_(False)
-        vae, encode, tokenizer = load_parts(config.teacher, device, config.tokenizer)
+        dtype = DTYPES[config.precision]
+        net = unet.load(folder, dtype).to(device, memory_format=torch.channels_last).requires_grad_(False)
+        vae, encode, tokenizer = load_parts(config.teacher, device, config.tokenizer, dtype)
         shape = latent_shape(config.size, net, vae)
         warn_of_cuts(config.texts, tokenizer)
         texts = [*config.texts, *(read_prompts(config.prompts, tokenizer) if config.prompts else [])]
@@ -1221,7 +1233,7 @@ def drawn(path, **facts):
 
 # What may change when a run goes on: its length, what is shown and saved when, and what holds it.
 FREE = ('resume', 'kimg', 'grid_kimg', 'log_seconds', 'save_every', 'micro_batch', 'device', 'checkpoint',
-        'ema_device', 'fid_stats', 'fid_every', 'fid_num', 'fid_prompts', 'fid_weights')
+        'compile', 'ema_device', 'fid_stats', 'fid_every', 'fid_num', 'fid_prompts', 'fid_weights')
 
 
 def make_config(kind, given):
@@ -1277,6 +1289,12 @@ def main(arguments=None):
         run(config)
     except torch.OutOfMemoryError:
         print(f'sid_lsg: the device is out of memory; {less_memory(config)}', file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        if not type(error).__module__.startswith(('torch._dynamo', 'torch._inductor')):
+            raise
+        print(f'sid_lsg: torch.compile failed ({str(error).splitlines()[0]}); it needs a C++ compiler, and '
+              'Triton on a GPU: leave out --compile to go on without', file=sys.stderr)
         sys.exit(2)
 
 

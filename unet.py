@@ -265,9 +265,11 @@ class UNet(nn.Module):
     def forward(self, x, t, context):
         """The noise (B, 4, H, W) in latents x (B, 4, H, W) at steps t, given text states (B, L, D).
 
-        t is integer, (B,) or (), in [0, 999]."""
+        t is integer, (B,) or (), in [0, 999]. It is computed in the weights' dtype, or autocast's."""
+        dtype = self.conv_in.weight.dtype
+        x, context = x.to(dtype), context.to(dtype)
         temb = timestep_embedding(t.expand(len(x)), self.conv_in.out_channels)          # (B, 320) float32
-        temb = self.time_embedding(temb.to(x.dtype))                # (B, 1280)
+        temb = self.time_embedding(temb.to(dtype))                  # (B, 1280)
         x = self.conv_in(x)                                         # (B, 320, H, W)
         skips = [x]
         for block in self.down_blocks:
@@ -468,10 +470,10 @@ def check_kind(tensors, file, config):
         raise ValueError(f'{file} is {kinds[0]}; expected Stable Diffusion 1.5')
 
 
-def fill(net, tensors, names, file, scope=''):
+def fill(net, tensors, names, file, dtype, scope=''):
     """`net`, built on the meta device, with its weights: each the first of names(key) that there is.
 
-    Strict: within `scope` every tensor must be used. No copy of what is fp32. ValueError names a tensor
+    Strict: within `scope` every tensor must be used. No copy of what has that dtype. ValueError names a tensor
     that is missing, left over, of another shape, or not finite."""
     weights, used = {}, set()
     for key, empty in net.state_dict().items():
@@ -489,7 +491,7 @@ def fill(net, tensors, names, file, scope=''):
         if not torch.isfinite(w.sum(dtype=torch.float32)):
             raise ValueError(f'{file} has NaN or infinite numbers in the tensor {name}; '
                              'expected finite weights, download it again')
-        weights[key] = w.detach().float()
+        weights[key] = w.detach().to(dtype)
         used.add(name)
     for name in tensors:
         if name.startswith(scope) and name not in used and not BESIDE.fullmatch(name):
@@ -542,18 +544,18 @@ def original_names(net):
     return names
 
 
-def from_config(config, tensors, file):
+def from_config(config, tensors, file, dtype=torch.float32):
     """The UNet that diffusers' `config` describes, with `tensors` under its names; load() says more."""
     net = sized(lambda: UNet(
         tuple(config['block_out_channels']), config['cross_attention_dim'], config['attention_head_dim'],
         config['layers_per_block'], config.get('norm_num_groups', 32),
         tuple(kind == 'CrossAttnDownBlock2D' for kind in config['down_block_types'])), file)
     net.sample_size = config.get('sample_size', 64)
-    return fill(net, tensors, lambda key: [key], file)
+    return fill(net, tensors, lambda key: [key], file, dtype)
 
 
-def load(path):
-    """The UNet in `path`, in fp32 and eval mode.
+def load(path, dtype=torch.float32):
+    """The UNet in `path`, in that dtype and eval mode.
 
     path: a folder in diffusers layout (with a unet/ inside, or that folder itself) whose config.json
     sizes the net; an original .safetensors or .ckpt, sized by its tensors' shapes; or a repo id in the
@@ -561,7 +563,7 @@ def load(path):
     the diffusers folder does. Raises FileNotFoundError or ValueError with a sentence."""
     config, tensors, file = open_part(path, 'unet')
     if config is not None:
-        return from_config(config, tensors, file)
+        return from_config(config, tensors, file, dtype)
 
     def side(name, axis, default):
         tensor = tensors.get(PREFIX['unet'] + name)
@@ -577,8 +579,8 @@ def load(path):
               file=sys.stderr)
         # CompVis wrote them without dots (ldm/modules/ema.py 16-21).
         return fill(net, tensors, lambda key: ['model_ema.diffusion_model' + names[key].replace('.', '')],
-                    file, scope='model_ema.diffusion')
-    return fill(net, tensors, lambda key: [prefix + names[key]], file, scope=prefix)
+                    file, dtype, scope='model_ema.diffusion')
+    return fill(net, tensors, lambda key: [prefix + names[key]], file, dtype, scope=prefix)
 
 
 def save(net, folder, dtype=torch.float32):

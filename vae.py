@@ -173,6 +173,7 @@ class VAE(nn.Module):
 
     def moments(self, images):
         """(B, 3, H, W) in [-1, 1] -> posterior mean and log variance, each (B, 4, H/8, W/8), unscaled."""
+        images = images.to(self.quant_conv.weight.dtype)
         mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)          # ldm/modules/distributions/distributions.py 27-28
 
@@ -182,7 +183,8 @@ class VAE(nn.Module):
 
     def decode(self, latents):
         """Latents (B, 4, h, w), scaled -> images (B, 3, 8h, 8w), about [-1, 1] but not clamped."""
-        return self.decoder(self.post_quant_conv(latents / self.scale))
+        latents = (latents / self.scale).to(self.post_quant_conv.weight.dtype)
+        return self.decoder(self.post_quant_conv(latents))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -208,8 +210,8 @@ def original_name(key, levels=4):
     return key
 
 
-def load(path):
-    """The VAE in `path`, in fp32 and eval mode.
+def load(path, dtype=torch.float32):
+    """The VAE in `path`, in that dtype and eval mode.
 
     path: a folder in diffusers layout (with a vae/ inside, or that folder itself) whose config.json sizes
     the net; an original .safetensors or .ckpt with a whole model or a VAE alone; or a repo id in the
@@ -226,7 +228,7 @@ def load(path):
             old = re.sub(r'(attentions\.0)\.(\w+(\.0)?)',
                          lambda m: f'{m[1]}.{ATTENTION[m[2]][0]}', key)
             return [key, old]
-        return unet.fill(vae, tensors, names, file)
+        return unet.fill(vae, tensors, names, file, dtype)
 
     prefix = unet.PREFIX['vae']
     first = [tensors.get(f'{prefix}encoder.down.{i}.block.0.conv1.weight') for i in range(4)]
@@ -238,7 +240,7 @@ def load(path):
         # Files converted back from diffusers in 2023 kept its names within the attention.
         here = re.sub(r'.*attentions\.0', '', key)
         return [prefix + name, prefix + re.sub(r'(mid\.attn_1)\..*', rf'\1{here}', name)]
-    return unet.fill(vae, tensors, names, file, scope=prefix)
+    return unet.fill(vae, tensors, names, file, dtype, scope=prefix)
 
 
 def save(vae, folder, dtype=torch.float32):

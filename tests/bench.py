@@ -1,0 +1,491 @@
+"""Time this project beside diffusers, and beside what the device can do.
+
+    python tests/bench.py                       # every row that this machine can fill
+    python tests/bench.py unet start            # some
+
+Both sides have the same weights, random ones of Stable Diffusion 1.5's size that are made once in --work,
+and take turns, A B A B. A row shows medians, their ratio, the bar that we set ourselves, and of the ceiling
+the share: FLOPs, counted by torch, against those of a large matrix product in the same dtype and run.
+Where two computations should agree, it is asserted that they do. Needs tests/requirements.txt.
+"""
+
+import argparse
+import contextlib
+import gc
+import io
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.update(HF_HUB_OFFLINE='1', TRANSFORMERS_VERBOSITY='error', DIFFUSERS_VERBOSITY='error',
+                  HF_HUB_DISABLE_PROGRESS_BARS='1')
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import clip_text
+import sid_lsg
+import unet
+import vae as vae_module
+
+TINY = ROOT / 'tests' / 'tiny_sd'
+PROMPT = 'a red star above a blue ring on a black background'
+DTYPES = sid_lsg.DTYPES
+
+
+# ---------------------------------------------------------------------------------------------------
+# Measuring
+
+def wait(device):
+    if device.type == 'cuda':
+        torch.cuda.synchronize()
+
+
+def free(device):
+    Timed.last = None
+    gc.collect()
+    if device.type == 'cuda':
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def seconds(call, device):
+    wait(device)
+    began = time.perf_counter()
+    call()
+    wait(device)
+    return time.perf_counter() - began
+
+
+def beside(calls, device, repeat):
+    """Median seconds of each call, in turns, after a turn that does not count: it warms up, and compiles."""
+    for call in calls:
+        call()
+    times = [[seconds(call, device) for call in calls] for _ in range(repeat)]
+    return [statistics.median(column) for column in zip(*times)]
+
+
+def process(command):
+    """(seconds, peak memory in GB, stdout) of a command."""
+    began = time.perf_counter()
+    running = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    said = running.stdout.read()
+    _, status, usage = os.wait4(running.pid, 0)
+    running.returncode = os.waitstatus_to_exitcode(status)
+    assert running.returncode == 0, command
+    return (time.perf_counter() - began,
+            usage.ru_maxrss * (1 if sys.platform == 'darwin' else 1024) / 1e9, said)
+
+
+def flops(call):
+    """Of one call: multiplications and additions in matrix products, convolutions and attention."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def error(a, b):
+    """Largest difference over largest value."""
+    a, b = a.float(), b.float()
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+class Table:
+    def __init__(self, device):
+        self.device, self.ceilings = device, {}
+
+    def ceiling(self, precision):
+        """FLOP/s of a large square matrix product."""
+        if precision not in self.ceilings:
+            n = 8192 if self.device.type == 'cuda' else 3072
+            a, b = (torch.randn(n, n, device=self.device).to(DTYPES[precision]) for _ in range(2))
+            self.ceilings[precision] = 2 * n ** 3 / beside([lambda: a @ b], self.device, 5)[0]
+            print(f'a matrix product, {precision}: {self.ceilings[precision] / 1e12:.3f} TFLOP/s', flush=True)
+        return self.ceilings[precision]
+
+    def row(self, work, precision, ours, theirs, bar, count=0, note=''):
+        """Seconds of both; `count` FLOPs."""
+        share = f'{count / ours / self.ceiling(precision):4.0%} of ceiling' if count else ''
+        print(f'{work:52s} {ours:9.4f} s, diffusers {theirs:9.4f} s, ratio {ours / theirs:.2f} (bar {bar})  '
+              f'{share}  {note}', flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Nets
+
+def make_folder(work, small):
+    """A whole student of random weights, fp16, in diffusers layout, with prompts; made once."""
+    folder = work / ('small' if small else 'full')
+    if not (folder / 'prompts.txt').exists():
+        torch.manual_seed(0)
+        net = unet.UNet((32, 64), 32, 4, 1, 8, (True, True)) if small else unet.UNet()
+        vae = vae_module.VAE((8, 8, 16, 16), 1, 4) if small else vae_module.VAE()
+        text = (clip_text.TextEncoder(width=32, layers=1, heads=4, hidden=64) if small
+                else clip_text.TextEncoder())
+        net.sample_size = 8 if small else 64
+        sid_lsg.write_pipeline(folder, net, vae, text, clip_text.load_tokenizer(TINY), torch.float16, 'DDPM')
+        (folder / 'generator.json').write_text(json.dumps({'t_init': 625}))
+        shutil.copy(TINY / 'prompts.txt', folder)
+    return folder
+
+
+def generator(folder, dtype, device):
+    """The nets, and how sample() draws: a function of prompts and side in pixels to uint8 pictures."""
+    net = unet.load(folder, dtype).to(device, memory_format=torch.channels_last).requires_grad_(False)
+    vae, encode, _ = sid_lsg.load_parts(folder, device, dtype=dtype)
+
+    @torch.no_grad()
+    def draw(prompts, side):
+        return sid_lsg.draw_pictures(lambda z, fresh, context: sid_lsg.generate(net, z, context), vae,
+                                     encode(prompts), range(len(prompts)), (4, side // 8, side // 8))
+    return (net, vae.decoder), draw
+
+
+def pipeline(folder, dtype, device):
+    """The same with diffusers."""
+    from diffusers import StableDiffusionPipeline
+    pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=dtype).to(device)
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw(prompts, side):
+        return pipe(prompts, height=side, width=side, timesteps=[625], guidance_scale=1.0).images
+    return (pipe.unet, pipe.vae.decoder), draw
+
+
+def meta(folder):
+    """UNet, VAE, latents of one picture, a step and text states on the meta device, to count FLOPs."""
+    net, vae = unet.load(folder).to('meta'), vae_module.load(folder).to('meta')
+    side, width = net.sample_size, json.loads((folder / 'text_encoder' / 'config.json').read_text())['hidden_size']
+    return (net, vae, torch.zeros(1, 4, side, side, device='meta'),
+            torch.zeros(1, dtype=torch.int64, device='meta'), torch.zeros(1, 77, width, device='meta'))
+
+
+def picture_flops(folder):
+    net, vae, x, t, context = meta(folder)
+    with torch.no_grad():
+        return flops(lambda: vae.decode(net(x, t, context)))
+
+
+def training_flops(folder, kappa):
+    """Of one image. The fake net's loss goes back to its weights, the generator's through two nets to theirs."""
+    net, _, x, t, context = meta(folder)
+
+    def there_and_back(weights):
+        net.requires_grad_(weights)
+        return flops(lambda: net(x.clone().requires_grad_(not weights), t, context).sum().backward())
+    with torch.no_grad():
+        there = flops(lambda: net(x, t, context))
+    learning, following = there_and_back(True), there_and_back(False)
+    passes = [1 if k in (0, 1) else 2 for k in kappa]
+    return there + passes[0] * learning + learning + (passes[1] + passes[2]) * following
+
+
+# ---------------------------------------------------------------------------------------------------
+# Training iterations, here and arranged as the official loop arranges them
+
+class Timed(sid_lsg.Run):
+    """A run that notes when iterations end and stops after `count` more than one; no pictures, no state."""
+    count, last = 0, None
+
+    def __init__(self, config):
+        self.ends, Timed.last = [], self
+        super().__init__(config)
+
+    def save_pictures(self, seen):
+        pass
+
+    def end_iteration(self, iteration):
+        super().end_iteration(iteration)
+        wait(self.device)
+        self.ends.append(time.perf_counter())
+        return len(self.ends) > self.count
+
+
+def train(count, work, **settings):
+    """sid_lsg.train() itself, for one iteration and `count` more: (its config, their seconds, first losses)."""
+    out = tempfile.mkdtemp(dir=work)
+    config = sid_lsg.make_config(sid_lsg.TrainConfig, dict(
+        out=f'{out}/run', progress_samples=0, grid_kimg=1e9, save_every=1e9, log_seconds=0.0, kimg=1e6,
+        lr_end=1.0, drop=0.0, **settings))
+    Timed.count, real, sid_lsg.Run = count, sid_lsg.Run, Timed
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            sid_lsg.train(config)
+        row = json.loads(Path(out, 'run', 'log.jsonl').read_text().splitlines()[0])
+    finally:
+        sid_lsg.Run = real
+        shutil.rmtree(out)
+    ends = Timed.last.ends
+    return config, [b - a for a, b in zip(ends, ends[1:])], [row['loss_fake'], row['loss_G']]
+
+
+def official(folder, config, device):
+    """The same iteration on diffusers' nets, arranged as in the official loop: a function of its number to losses.
+
+    There the text encoder runs in every net call, x_0 is made sample by sample, Adam stores a first moment,
+    and memory is collected at every end. What is drawn is drawn as here, so that losses must agree."""
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+    tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder='tokenizer')
+    text = CLIPTextModel.from_pretrained(folder, subfolder='text_encoder', dtype=torch.float32).to(device)
+    teacher, fake, G, ema = (UNet2DConditionModel.from_pretrained(
+        folder, subfolder='unet', dtype=torch.float32).to(device) for _ in range(4))
+    for net in (teacher, ema, text):
+        net.requires_grad_(False)
+    for net in (teacher, fake, G) if config.compile else ():
+        net.compile(dynamic=False)
+    optimizers = {net: torch.optim.Adam(net.parameters(), lr, betas=(0.0, 0.999))
+                  for net, lr in ((fake, config.fake_lr), (G, config.lr))}
+    prompts = (folder / 'prompts.txt').read_text().splitlines()
+    side, (a, sigma) = G.config.sample_size, (table.to(device) for table in (sid_lsg.ALPHA, sid_lsg.SIGMA))
+
+    def encode(texts):
+        tokens = tokenizer(texts, padding='max_length', max_length=77, truncation=True, return_tensors='pt')
+        return text(tokens.input_ids.to(device))[0]
+
+    def call(net, x, t, texts, kappa):
+        if kappa == 1:
+            eps = net(x, t, encode(texts)).sample
+        else:
+            states = torch.cat([encode([''] * len(x)), encode(texts)])
+            null, eps = net(torch.cat([x, x]), torch.cat([t, t]), states).sample.chunk(2)
+            eps = null + kappa * (eps - null)
+        return eps, torch.stack([(x[i] - sigma[t[i]] * eps[i]) / a[t[i]] for i in range(len(x))])
+
+    def noised(x, eps, t):
+        return torch.stack([a[t[i]] * x[i] + sigma[t[i]] * eps[i] for i in range(len(x))])
+
+    def picture(z, texts):
+        return call(G, sigma[config.t_init] * z, torch.full((len(z),), config.t_init, device=device), texts, 1)[1]
+
+    def iterate(number):
+        losses = [0.0, 0.0]
+        for half, net in enumerate((fake, G)):
+            fake.requires_grad_(net is fake)
+            for rows in torch.arange(config.batch).split(config.micro_batch):
+                texts, z, t, eps = sid_lsg.draw_samples(
+                    config, prompts, lambda texts: texts, (4, side, side), device, number, half, rows)
+                with sid_lsg.autocast(config.precision, device):
+                    with torch.set_grad_enabled(net is G):
+                        x_g = picture(z, texts)
+                    if net is fake:
+                        loss = (call(fake, noised(x_g, eps, t), t, texts, config.kappa[0])[0] - eps).square().sum()
+                    else:
+                        x_t = noised(x_g, eps, t)
+                        x_psi = call(fake, x_t, t, texts, config.kappa[1])[1]
+                        x_phi = call(teacher, x_t, t, texts, config.kappa[2])[1]
+                        w = (x_g - x_phi).detach().abs().mean((1, 2, 3), keepdim=True)
+                        loss = ((x_phi - x_psi) * (x_phi - x_g - config.alpha * (x_phi - x_psi)) / w).sum()
+                    loss = loss / config.batch
+                loss.backward()
+                losses[half] += loss.item()
+            for p in net.parameters():
+                torch.nan_to_num(p.grad, nan=0.0, posinf=1e5, neginf=-1e5, out=p.grad)
+            optimizers[net].step()
+            optimizers[net].zero_grad(set_to_none=True)
+        with torch.no_grad():
+            beta = sid_lsg.ema_beta(config, number * config.batch)
+            for average, p in zip(ema.parameters(), G.parameters()):
+                average.copy_(p.lerp(average, beta))
+        gc.collect()
+        if device.type == 'cuda':
+            torch.cuda.empty_cache()
+        return losses
+    return iterate
+
+
+# ---------------------------------------------------------------------------------------------------
+# Rows
+
+def unet_row(table, args):
+    """one call of the UNet, without gradients"""
+    from diffusers import UNet2DConditionModel
+    device, exact = table.device, None
+    net, _, x, t, context = meta(args.folder)
+    batch = 8 if device.type == 'cuda' else 1
+    with torch.no_grad():
+        count = batch * flops(lambda: net(x, t, context))
+    rng = torch.Generator().manual_seed(0)
+    x, context = (torch.randn(batch, *y.shape[1:], generator=rng).to(device) for y in (x, context))
+    t = torch.full((batch,), 625, device=device)
+    for precision in ('fp32', 'bf16'):
+        for compiled in (False, True) if args.compile else (False,):
+            dtype = DTYPES[precision]
+            ours = unet.load(args.folder, dtype).to(device, memory_format=torch.channels_last)
+            theirs = UNet2DConditionModel.from_pretrained(
+                args.folder, subfolder='unet', dtype=dtype).to(device)
+            for net in (ours, theirs) if compiled else ():
+                net.compile(dynamic=False)
+
+            @torch.no_grad()
+            def left():
+                return ours(x, t, context)
+
+            @torch.no_grad()
+            def right():
+                return theirs(x.to(dtype), t, context.to(dtype)).sample
+            exact = left() if exact is None else exact
+            off = [error(side(), exact) for side in (left, right)]
+            assert max(off) < (1e-5 if precision == 'fp32' else 0.05), off
+            a, b = beside([left, right], device, args.repeat)
+            table.row(f'UNet, {batch} x {8 * x.shape[2]} px, {precision}{", compiled" * compiled}', precision, a, b,
+                      0.9 if compiled else 1.0, count, f'off by {off[0]:.0e}, diffusers {off[1]:.0e}')
+            del ours, theirs
+            free(device)
+
+
+def picture_row(table, args):
+    """a picture, text to uint8 in one step, each side in a process of its own for the peak of memory"""
+    side, found = 8 * meta(args.folder)[2].shape[2], {'generator': [], 'pipeline': []}
+    for _ in range(2):
+        for make, results in found.items():
+            _, memory, said = process([sys.executable, __file__, 'draw', '--side', make, '--work', args.work,
+                                       '--device', table.device, *['--small'] * args.small])
+            results.append((float(said.split()[-1]), memory))
+    (a, ours), (b, theirs) = ([statistics.median(column) for column in zip(*rows)] for rows in found.values())
+    table.row(f'text to uint8, {side} px, one step, bf16', 'bf16', a, b, 0.85, picture_flops(args.folder),
+              f'peak memory {ours:.2f} GB, diffusers {theirs:.2f} GB')
+
+
+def draw_row(table, args):
+    """(what picture runs: one side's median seconds a picture)"""
+    _, draw = globals()[args.side](args.folder, torch.bfloat16, table.device)
+    side = 8 * meta(args.folder)[2].shape[2]
+    print(beside([lambda: draw([PROMPT], side)], table.device, 3)[0])
+
+
+def iteration_row(table, args):
+    """a training iteration, beside the same mathematics arranged as the official loop arranges it"""
+    device, cases = table.device, [('tiny teacher', TINY, dict(batch=32, precision='fp32'))]
+    if device.type == 'cuda' or args.small:
+        cases.append((args.folder.name, args.folder, dict(
+            batch=args.batch, micro_batch=args.micro_batch, precision='bf16', compile=args.compile)))
+    for name, folder, settings in cases:
+        ours, theirs = [], []
+        for _ in range(2):
+            free(device)
+            config, times, losses = train(args.repeat, args.work, teacher=str(folder), device=str(device),
+                                          prompts=str(folder / 'prompts.txt'), **settings)
+            ours += times
+            free(device)
+            iterate = official(folder, config, device)
+            expected, tolerance = iterate(0), 1e-3 if config.precision == 'fp32' else 0.1
+            assert all(abs(x - y) < tolerance * max(abs(y), 1) for x, y in zip(losses, expected)), (losses, expected)
+            theirs += [seconds(lambda: iterate(i), device) for i in range(1, args.repeat + 1)]
+            del iterate
+        a, b = statistics.median(ours), statistics.median(theirs)
+        table.row(f'training iteration, {name}, batch {config.batch}, {config.precision}', config.precision, a, b, 0.6,
+                  config.batch * training_flops(folder, config.kappa), f'{1000 / config.batch * a:.1f} s per 1,000 images')
+
+
+THEIRS = """
+import sys, torch
+from diffusers import DDPMScheduler, StableDiffusionPipeline
+folder, dtype, device, prompt, path = sys.argv[1:]
+pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
+pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+pipe(prompt, height=64, width=64, timesteps=[625], guidance_scale=1.0).images[0].save(path)
+"""
+
+
+def start_row(table, args):
+    """from the start of the process to a picture on disk, one of 64 px, so that loading is what counts"""
+    for name, folder, precision in (('tiny teacher', TINY, 'fp32'), (args.folder.name, args.folder, 'fp32'),
+                                    (args.folder.name, args.folder, 'bf16')):
+        out = Path(tempfile.mkdtemp(dir=args.work))
+        ours = [sys.executable, 'sid_lsg.py', 'sample', PROMPT, '--generator', folder, '--size', 64, '--device',
+                table.device, '--precision', precision, '--out', out / 'ours']
+        theirs = [sys.executable, '-c', THEIRS, folder, str(DTYPES[precision]).split('.')[1], table.device, PROMPT,
+                  out / 'theirs.png']
+
+        def left():
+            shutil.rmtree(out / 'ours', ignore_errors=True)
+            process(ours)
+        # The turn that does not count brings the weights into the page cache.
+        a, b = beside([left, lambda: process(theirs)], table.device, args.repeat)
+        table.row(f'sample, start to picture, {name}, {precision}', precision, a, b, 0.5)
+        shutil.rmtree(out)
+
+
+def sampling_row(table, args):
+    """GPU: text to uint8 in one step, bf16, compiled; many pictures at once, and a single one"""
+    for batch, bar in ((args.pictures, 0.8), (1, '15 ms')):
+        (net, decoder), left = generator(args.folder, torch.bfloat16, table.device)
+        theirs, right = pipeline(args.folder, torch.bfloat16, table.device)
+        side = 8 * net.sample_size
+        for part in (net, decoder, *theirs) if args.compile else ():
+            part.compile(dynamic=False, mode='reduce-overhead' if batch == 1 else 'default')
+        a, b = beside([lambda: left([PROMPT] * batch, side), lambda: right([PROMPT] * batch, side)],
+                      table.device, args.repeat)
+        table.row(f'text to uint8, {batch} x {side} px, one step, bf16', 'bf16', a, b, bar,
+                  batch * picture_flops(args.folder), f'{batch / a:.1f} pictures a second')
+        del net, decoder, theirs, left, right
+        free(table.device)
+
+
+def memory_row(table, args):
+    """GPU: peak memory of a training iteration at micro-batch 1, option by option, and the largest that fits"""
+    options = dict(precision='fp32')
+    for more in ({}, dict(precision='bf16'), dict(ema_device='cpu'), dict(checkpoint=True)):
+        options |= more
+        free(table.device)
+        train(2, args.work, teacher=str(args.folder), device=str(table.device), batch=1, **options)
+        run, peak = Timed.last, torch.cuda.max_memory_allocated()
+        nets = [w.nbytes for net in (run.teacher, run.G, run.fake, run.ema, run.vae)
+                for w in net.parameters() if w.is_cuda]
+        squares = [w.nbytes for optimizer in run.optimizers.values() for w in optimizer.squares]
+        state = sum(nets) + sum(squares) + sum(w.nbytes for w in run.G.parameters())    # one net's gradients
+        print(f'memory, {options}: peak {peak / 1e9:.1f} GB = weights, averages and gradients {state / 1e9:.1f} + '
+              f'activations {(peak - state) / 1e9:.1f}', flush=True)
+    for size in (2 ** i for i in range(1, 12)):
+        free(table.device)
+        try:
+            train(1, args.work, teacher=str(args.folder), device=str(table.device), batch=size, precision='bf16')
+        except torch.OutOfMemoryError:
+            break
+        print(f'memory, bf16: micro-batch {size} fits', flush=True)
+
+
+def main():
+    rows = {name.removesuffix('_row'): row for name, row in globals().items() if name.endswith('_row')}
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog='rows:\n' + '\n'.join(f'  {name:10s} {row.__doc__}' for name, row in rows.items()))
+    parser.add_argument('rows', nargs='*', help='default: all')
+    parser.add_argument('--work', type=Path, default=Path(tempfile.gettempdir()) / 'sid_lsg_bench',
+                        help='where the random weights, 2.1 GB, are kept (default: %(default)s)')
+    parser.add_argument('--device', default='', help='default: cuda if there is one, else cpu')
+    parser.add_argument('--repeat', type=int, default=5, help='turns (default: %(default)s)')
+    parser.add_argument('--batch', type=int, default=32, help='of the full-size training iteration (default: %(default)s)')
+    parser.add_argument('--micro-batch', type=int, default=8, help='likewise (default: %(default)s)')
+    parser.add_argument('--pictures', type=int, default=16, help='at once, in sampling (default: %(default)s)')
+    parser.add_argument('--small', action='store_true', help='nets of no use but to see that all rows run')
+    parser.add_argument('--side', choices=['generator', 'pipeline'], help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    unknown = set(args.rows) - set(rows)
+    if unknown:
+        parser.error(f'no such row: {", ".join(sorted(unknown))}')
+    args.work.mkdir(parents=True, exist_ok=True)
+    args.folder = make_folder(args.work, args.small)
+    table = Table(sid_lsg.choose_device(args.device))
+    cuda = args.compile = table.device.type == 'cuda'
+    if args.rows != ['draw']:
+        where = torch.cuda.get_device_name(table.device) if cuda else f'{platform.machine()}, {torch.get_num_threads()} threads'
+        print(f'{time.strftime("%Y-%m-%d")}, {where}, torch {torch.__version__}', flush=True)
+    default = [name for name, row in rows.items()
+               if name != 'draw' and (cuda or not row.__doc__.startswith('GPU'))]
+    for name in args.rows or default:
+        rows[name](table, args)
+
+
+if __name__ == '__main__':
+    main()
