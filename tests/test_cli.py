@@ -210,6 +210,43 @@ def test_sample_draws_with_the_teacher_and_from_a_file(run, teacher):
     assert 't_init' not in text                 # that is the generator's
 
 
+def compile_with(backend, monkeypatch):
+    """Module.compile with a backend that needs no C++ compiler; what it is to compile is traced and guarded all the same."""
+    real = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda net, mode=None, **more: real(net, backend=backend, **more))
+
+
+def test_compiled_nets_train_and_draw_as_others_do(run, teacher, tmp_path, monkeypatch):
+    """Also the last pictures, whose batch is filled up to the compiled shape."""
+    folder, _ = run
+    compile_with('eager', monkeypatch)
+    compiled, plain = trained(tmp_path / 'compiled', teacher, compile=True), weights(folder / 'runs' / '000')
+    assert all(torch.allclose(compiled[key], plain[key], rtol=1e-4, atol=1e-5) for key in plain)
+    for name, more in (('plain', []), ('compiled', ['--compile'])):
+        sid_lsg.main(['sample', 'a red star 1', '--seeds', '0-4', '--batch', '4', '--generator', str(folder / 'runs' / '000'),
+                      '--out', str(tmp_path / 'pictures' / name), *more])
+    pictures = [[np.asarray(Image.open(tmp_path / 'pictures' / name / f'{i:06d}.png')).astype(int) for i in range(5)]
+                for name in ('plain', 'compiled')]
+    assert abs(np.subtract(*pictures)).max() <= 1 and abs(pictures[0][4] - pictures[0][3]).max() > 1
+
+
+def test_a_failing_compiler_gets_a_sentence(run, tmp_path, monkeypatch, capsys):
+    def fails(graph, inputs):
+        raise OSError('no C++ compiler')
+    compile_with(fails, monkeypatch)
+    with pytest.raises(SystemExit) as stop:
+        sid_lsg.main(['sample', 'a red star', '--compile', '--generator', str(run[0] / 'runs' / '000'), '--out', str(tmp_path / 'p')])
+    assert stop.value.code == 2 and 'leave out --compile' in capsys.readouterr().err
+
+
+def test_the_benchmark_runs(tmp_path):
+    """On small nets; it asserts by itself that both sides compute the same, in training, too."""
+    result = subprocess.run([sys.executable, ROOT / 'tests' / 'bench.py', '--small', '--repeat', '1', '--batch', '4',
+                             '--micro-batch', '2', '--work', tmp_path, 'unet', 'iteration'], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count('(bar') == 3 and 'off by' in result.stdout
+
+
 def test_a_long_prompt_is_cut_with_a_warning(run):
     folder, _ = run
     result = command('sample', 'a red star ' * 25 + 'and the end', '--out', 'long', cwd=folder)

@@ -101,6 +101,21 @@ def test_unet_equals_diffusers(unets, t, height, width):
     assert_same_unet(*unets, t, height, width, context_dim=64, seed=10)
 
 
+@torch.no_grad()
+def test_nets_compute_in_the_dtype_they_are_loaded_in(unets, vaes, tmp_path):
+    """fp32 latents and text in, bf16 arithmetic: as near as its 8 bits allow, and no nearer."""
+    generator = torch.Generator().manual_seed(3)
+    x, t = torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([20, 900])
+    context = torch.randn(2, 77, 64, generator=generator)
+    unet.save(unets[0], tmp_path / 'unet')
+    vae.save(vaes[0], tmp_path / 'vae')
+    for ours, half, arguments in ((unets[0], unet.load(tmp_path, torch.bfloat16), (x, t, context)),
+                                  (vaes[0].decode, vae.load(tmp_path, torch.bfloat16).decode, (x,))):
+        expected, found = ours(*arguments), half(*arguments)
+        off = (found.float() - expected).abs().max() / expected.abs().max()
+        assert found.dtype == torch.bfloat16 and 1e-4 < off < 0.05
+
+
 def test_unet_saved_opens_in_diffusers(tmp_path):
     """unet.save's config.json describes a net of other settings than the default, to both loaders."""
     ours = unet.UNet((32, 64), context_dim=48, heads=4, layers=1, groups=16, attention=(False, True))
