@@ -496,6 +496,7 @@ class Run:
                 self.load_state()
             elif self.rank == 0:
                 self.save_pictures(0)
+        self.log.began = self.log.printed = time.time()         # the pace is that of iterations
         self.interrupted = 0
         self.handlers = {number: signal.signal(number, self.interrupt)
                          for number in (signal.SIGINT, signal.SIGTERM)}
@@ -659,7 +660,7 @@ class Run:
         for optimizer in self.optimizers.values():
             for step in optimizer.steps:
                 step.fill_(self.first)
-        self.log.images, self.log.seconds, self.log.began = facts['images'], facts['seconds'], time.time()
+        self.log.images, self.log.seconds = facts['images'], facts['seconds']
         if self.rank == 0:                      # rows after the state will be written again
             os.truncate(self.log.file, min(facts['log_bytes'], self.log.file.stat().st_size))
             print(f'Resuming {self.out} at {facts["images"]} images', flush=True)
