@@ -349,7 +349,8 @@ def picture_row(table, args):
     for _ in range(2):
         for make, results in found.items():
             _, memory, said = process([sys.executable, __file__, 'draw', '--side', make, '--work', args.work,
-                                       '--device', table.device, *['--small'] * args.small])
+                                       '--device', table.device, '--repeat', args.repeat,
+                                       *['--small'] * args.small])
             results.append((float(said.split()[-1]), memory))
     (a, ours), (b, theirs) = ([statistics.median(column) for column in zip(*rows)] for rows in found.values())
     table.row(f'text to uint8, {side} px, one step, bf16', 'bf16', a, b, 0.85, picture_flops(args.folder),
@@ -360,7 +361,7 @@ def draw_row(table, args):
     """(what picture runs: one side's median seconds a picture)"""
     _, draw = globals()[args.side](args.folder, torch.bfloat16, table.device)
     side = 8 * meta(args.folder)[2].shape[2]
-    print(beside([lambda: draw([PROMPT], side)], table.device, 3)[0])
+    print(beside([lambda: draw([PROMPT], side)], table.device, args.repeat)[0])
 
 
 def iteration_row(table, args):
@@ -378,8 +379,9 @@ def iteration_row(table, args):
             ours += times
             free(device)
             iterate = official(folder, config, device)
-            expected, tolerance = iterate(0), 1e-3 if config.precision == 'fp32' else 0.1
-            assert all(abs(x - y) < tolerance * max(abs(y), 1) for x, y in zip(losses, expected)), (losses, expected)
+            expected, tolerance = iterate(0), 1e-4 if config.precision == 'fp32' else 0.02
+            # The generator's may be near zero; both are sums over the same numbers, the fake net's of squares.
+            assert all(abs(x - y) < tolerance * expected[0] for x, y in zip(losses, expected)), (losses, expected)
             theirs += [seconds(lambda: iterate(i), device) for i in range(1, args.repeat + 1)]
             del iterate
         a, b = statistics.median(ours), statistics.median(theirs)

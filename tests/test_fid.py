@@ -34,6 +34,7 @@ import fid
 
 REFERENCE = HERE / 'fid_reference.npz'
 TOKENIZER = HERE / 'tiny_sd' / 'tokenizer'
+WORDS = len(json.loads((TOKENIZER / 'vocab.json').read_text()))
 
 # Two correct implementations differ by float32 rounding, some 1e-6 of the largest value.
 TOLERANCE = 1e-5
@@ -119,7 +120,7 @@ def make_reference():
         clip = open_clip.CLIP(
             24, dict(layers=VISION[1], width=VISION[0], head_width=VISION[0] // 16, mlp_ratio=4.3637, patch_size=14,
                      image_size=28),
-            dict(context_length=77, vocab_size=601, width=TEXT[0], heads=16, layers=TEXT[1])).eval()
+            dict(context_length=77, vocab_size=WORDS, width=TEXT[0], heads=16, layers=TEXT[1])).eval()
         clip.load_state_dict(random_state({k: tuple(w.shape) for k, w in clip.state_dict().items()}))
         prepare = open_clip.image_transform(28, is_train=False)
         inputs = []
@@ -207,7 +208,7 @@ def test_resizes_equal_their_models(side):
 @pytest.fixture(scope='module')
 def clip_path(tmp_path_factory):
     with torch.device('meta'):
-        net = fid.CLIP(VISION, TEXT, vocab=601, out=24)
+        net = fid.CLIP(VISION, TEXT, vocab=WORDS, out=24)
     path = tmp_path_factory.mktemp('clip') / 'clip.safetensors'
     save_file(random_state({k: tuple(w.shape) for k, w in net.state_dict().items()}), path)
     return path
