@@ -92,7 +92,8 @@ class TrainConfig:
     resume: str = option('', 'run folder to go on with, by its own settings; only length, intervals, '
                          'micro-batch and device may be given anew')
     device: str = DEVICE
-    precision: str = option('fp32', 'fp32, or autocast to bf16 or fp16 over fp32 weights', choices=[*DTYPES])
+    precision: str = option('fp32', 'fp32, or autocast to bf16 or fp16 over fp32 weights',
+                            choices=[*DTYPES])
     seed: int = option(0, 'every random draw follows from it')
     size: int = option(0, 'side of the pictures in pixels (default: what the teacher was trained at)')
 
@@ -315,10 +316,11 @@ class Adam:
     @torch.no_grad()
     def step(self):
         gradients = [p.grad for p in self.parameters]
-        # In the first moments' place, too. Fused is one kernel, and needs no memory beside its arguments.
-        adam(
-            self.parameters, gradients, gradients, self.squares, [], self.steps, fused=True, amsgrad=False,
-            beta1=0.0, beta2=0.999, lr=self.lr, weight_decay=0.0, eps=self.eps, maximize=False)
+        # In the first moments' place, too. Fused is one kernel, which needs no memory beside its arguments
+        # and counts the steps of each tensor by itself.
+        adam(self.parameters, gradients, gradients, self.squares, [], self.steps, fused=True,
+             amsgrad=False, beta1=0.0, beta2=0.999, lr=self.lr, weight_decay=0.0, eps=self.eps,
+             maximize=False)
 
 
 def autocast(precision, device):
@@ -330,8 +332,7 @@ def update(optimizer, clip=math.inf):
     """One optimizer step from the gradients of all processes. Clears them.
 
     As in the official loop, NaN becomes 0 and infinity 1e5; `clip` bounds every element, at 1 in fp16.
-    Returns the norm of the gradients of all tensors in which nothing had to be replaced, and how many
-    tensors were not so."""
+    Returns the gradients' norm, leaving out tensors with such numbers, and how many tensors these are."""
     gradients = [p.grad for p in optimizer.parameters]
     for g in gradients if dist.is_initialized() else ():
         dist.all_reduce(g)
@@ -753,7 +754,8 @@ def sample(config):
                 print(f'{done} of {len(todo)} pictures, {1 / pace:.1f} a second, '
                       f'{clock(pace * (len(todo) - done))} left', file=sys.stderr)
             rows = todo[done:done + config.batch]
-            filled = rows + rows[-1:] * (config.batch - len(rows)) if config.compile else rows  # one shape
+            # Compiled for one shape: the last batch is filled up, and what fills it is not kept.
+            filled = rows + rows[-1:] * (config.batch - len(rows)) if config.compile else rows
             texts, seeds = zip(*(jobs[i] for i in filled))
             images = draw_pictures(make, vae, encode(texts), seeds, shape)
             finish_saving()
@@ -1294,8 +1296,8 @@ def main(arguments=None):
     except RuntimeError as error:
         if not type(error).__module__.startswith(('torch._dynamo', 'torch._inductor')):
             raise
-        print(f'sid_lsg: torch.compile failed ({str(error).splitlines()[0]}); it needs a C++ compiler, and '
-              'Triton on a GPU: leave out --compile to go on without', file=sys.stderr)
+        print(f'sid_lsg: torch.compile failed ({str(error).splitlines()[0]}); it needs a C++ compiler, '
+              'and Triton on a GPU: leave out --compile to go on without', file=sys.stderr)
         sys.exit(2)
 
 

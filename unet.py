@@ -473,8 +473,8 @@ def check_kind(tensors, file, config):
 def fill(net, tensors, names, file, dtype, scope=''):
     """`net`, built on the meta device, with its weights: each the first of names(key) that there is.
 
-    Strict: within `scope` every tensor must be used. No copy of what has that dtype. ValueError names a tensor
-    that is missing, left over, of another shape, or not finite."""
+    Strict: within `scope` every tensor must be used. No copy of what has that dtype. ValueError names a
+    tensor that is missing, left over, of another shape, or not finite."""
     weights, used = {}, set()
     for key, empty in net.state_dict().items():
         name = next((name for name in names(key) if name in tensors), None)

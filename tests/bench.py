@@ -163,7 +163,8 @@ def pipeline(folder, dtype, device):
 
 def meta(folder):
     """UNet, VAE, latents of one picture, a step and text states on the meta device, to count FLOPs."""
-    net, vae = unet.load(folder).to('meta'), vae_module.load(folder).to('meta')
+    # In the file's own fp16: read, not copied. FLOPs know no dtype.
+    net, vae = (module.load(folder, torch.float16).to('meta').float() for module in (unet, vae_module))
     side, width = net.sample_size, json.loads((folder / 'text_encoder' / 'config.json').read_text())['hidden_size']
     return (net, vae, torch.zeros(1, 4, side, side, device='meta'),
             torch.zeros(1, dtype=torch.int64, device='meta'), torch.zeros(1, 77, width, device='meta'))
@@ -343,25 +344,28 @@ def unet_row(table, args):
             free(device)
 
 
+# Nothing else may happen in this process, since its peak of memory is what is compared.
+DRAW = """
+import sys, torch
+sys.path.insert(0, 'tests')
+import bench
+make, folder, device, side, repeat = sys.argv[1:]
+device = torch.device(device)
+_, draw = getattr(bench, make)(bench.Path(folder), torch.bfloat16, device)
+print(bench.beside([lambda: draw([bench.PROMPT], int(side))], device, int(repeat))[0])
+"""
+
+
 def picture_row(table, args):
     """a picture, text to uint8 in one step, each side in a process of its own for the peak of memory"""
     side, found = 8 * meta(args.folder)[2].shape[2], {'generator': [], 'pipeline': []}
     for _ in range(2):
         for make, results in found.items():
-            _, memory, said = process([sys.executable, __file__, 'draw', '--side', make, '--work', args.work,
-                                       '--device', table.device, '--repeat', args.repeat,
-                                       *['--small'] * args.small])
+            _, memory, said = process([sys.executable, '-c', DRAW, make, args.folder, table.device, side, args.repeat])
             results.append((float(said.split()[-1]), memory))
     (a, ours), (b, theirs) = ([statistics.median(column) for column in zip(*rows)] for rows in found.values())
     table.row(f'text to uint8, {side} px, one step, bf16', 'bf16', a, b, 0.85, picture_flops(args.folder),
               f'peak memory {ours:.2f} GB, diffusers {theirs:.2f} GB')
-
-
-def draw_row(table, args):
-    """(what picture runs: one side's median seconds a picture)"""
-    _, draw = globals()[args.side](args.folder, torch.bfloat16, table.device)
-    side = 8 * meta(args.folder)[2].shape[2]
-    print(beside([lambda: draw([PROMPT], side)], table.device, args.repeat)[0])
 
 
 def iteration_row(table, args):
@@ -471,20 +475,19 @@ def main():
     parser.add_argument('--micro-batch', type=int, default=8, help='likewise (default: %(default)s)')
     parser.add_argument('--pictures', type=int, default=16, help='at once, in sampling (default: %(default)s)')
     parser.add_argument('--small', action='store_true', help='nets of no use but to see that all rows run')
-    parser.add_argument('--side', choices=['generator', 'pipeline'], help=argparse.SUPPRESS)
     args = parser.parse_args()
     unknown = set(args.rows) - set(rows)
     if unknown:
         parser.error(f'no such row: {", ".join(sorted(unknown))}')
+    args.work = args.work.resolve()             # the processes are started elsewhere
     args.work.mkdir(parents=True, exist_ok=True)
     args.folder = make_folder(args.work, args.small)
     table = Table(sid_lsg.choose_device(args.device))
     cuda = args.compile = table.device.type == 'cuda'
-    if args.rows != ['draw']:
-        where = torch.cuda.get_device_name(table.device) if cuda else f'{platform.machine()}, {torch.get_num_threads()} threads'
-        print(f'{time.strftime("%Y-%m-%d")}, {where}, torch {torch.__version__}', flush=True)
-    default = [name for name, row in rows.items()
-               if name != 'draw' and (cuda or not row.__doc__.startswith('GPU'))]
+    where = (torch.cuda.get_device_name(table.device) if cuda
+             else f'{platform.machine()}, {torch.get_num_threads()} threads')
+    print(f'{time.strftime("%Y-%m-%d")}, {where}, torch {torch.__version__}', flush=True)
+    default = [name for name, row in rows.items() if cuda or not row.__doc__.startswith('GPU')]
     for name in args.rows or default:
         rows[name](table, args)
 

@@ -210,6 +210,16 @@ def test_sample_draws_with_the_teacher_and_from_a_file(run, teacher):
     assert 't_init' not in text                 # that is the generator's
 
 
+@pytest.mark.parametrize('precision', ['bf16', 'fp16'])
+def test_sample_draws_the_same_in_half_precision(precision, run, tmp_path):
+    for name in ('fp32', precision):
+        sid_lsg.main(['sample', 'a red star 1', '--seeds', '0-3', '--precision', name, '--generator',
+                      str(run[0] / 'runs' / '000'), '--out', str(tmp_path / name)])
+    whole, half = (np.stack([np.asarray(Image.open(tmp_path / name / f'{i:06d}.png')).astype(int) for i in range(4)])
+                   for name in ('fp32', precision))
+    assert 0 < abs(whole - half).max() and abs(whole - half).mean() < 0.02 * whole.std()
+
+
 def compile_with(backend, monkeypatch):
     """Module.compile with a backend that needs no C++ compiler; what it is to compile is traced and guarded all the same."""
     real = torch.nn.Module.compile

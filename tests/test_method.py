@@ -212,8 +212,8 @@ def test_average_follows_the_published_half_life():
 class PlainDescent:
     """p -= gradient: shows what update() hands on."""
 
-    def __init__(self, p):
-        self.parameters = [p]
+    def __init__(self, *parameters):
+        self.parameters = parameters
 
     def step(self):
         for p in self.parameters:
@@ -226,6 +226,10 @@ def test_update_mends_gradients_clips_and_reports_their_norm():
     p.grad = torch.tensor([math.nan, math.inf, 3.0, -4.0])
     norm, broken = sid_lsg.update(optimizer)
     assert norm == 0 and broken == 1            # of one tensor, which had what no norm can be had of
+    q = torch.nn.Parameter(torch.zeros(2))
+    p.grad, q.grad = torch.tensor([math.nan, 0.0, 0.0, 0.0]), torch.tensor([3.0, 4.0])
+    norm, broken = sid_lsg.update(PlainDescent(p, q))
+    assert norm.item() == pytest.approx(5.0) and broken == 1 and q.tolist() == [-3.0, -4.0]
     assert p.tolist() == [0.0, -1e5, -3.0, 4.0] and p.grad is None
     p.grad = torch.tensor([0.0, 0.0, 3.0, -4.0])
     norm, broken = sid_lsg.update(optimizer, clip=1.0)
