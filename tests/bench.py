@@ -11,6 +11,8 @@ Where two computations should agree, it is asserted that they do. Needs tests/re
 
 import argparse
 import contextlib
+import copy
+import functools
 import gc
 import io
 import json
@@ -22,7 +24,9 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from pathlib import Path
+from unittest import mock
 
 os.environ.update(HF_HUB_OFFLINE='1', TRANSFORMERS_VERBOSITY='error', DIFFUSERS_VERBOSITY='error',
                   HF_HUB_DISABLE_PROGRESS_BARS='1')
@@ -30,6 +34,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import clip_text
@@ -140,7 +147,7 @@ def make_folder(work, small):
 
 def generator(folder, dtype, device):
     """The nets, and how sample() draws: a function of prompts and side in pixels to uint8 pictures."""
-    net = unet.load(folder, dtype).to(device, memory_format=torch.channels_last).requires_grad_(False)
+    net = sid_lsg.place(unet.load(folder, dtype), device)
     vae, encode, _ = sid_lsg.load_parts(folder, device, dtype=dtype)
 
     @torch.no_grad()
@@ -305,6 +312,81 @@ def official(folder, config, device):
 
 
 # ---------------------------------------------------------------------------------------------------
+# Memory
+
+class Storages(TorchDispatchMode):
+    """Counts the bytes of all tensors made inside that are alive (`live`), and the most there were (`peak`)."""
+
+    def __init__(self):
+        super().__init__()
+        self.known, self.live, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor) and (storage := x.untyped_storage())._cdata not in self.known:
+                self.known[storage._cdata] = storage.nbytes()
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self.gone, storage._cdata)
+        return result
+
+    def gone(self, which):
+        self.live -= self.known.pop(which)
+
+
+def predicted_peak(folder, precision='fp32', ema_device='', checkpoint=False, batch=1, kappa=1.5):
+    """(bytes of weights, averages and gradients, bytes of GPU memory at the peak) of train() at micro-batch `batch`.
+
+    Found by running the iteration on tensors without content. Not in it: CUDA's own context, cuDNN's
+    workspaces, and what the allocator loses between its blocks."""
+    like, vae, x, _, context = meta(folder)
+    text = clip_text.load(folder, torch.float16).float()
+    fixed = sum(w.nbytes for net in (vae, text) for w in net.parameters())
+    teacher, G, fake = (copy.deepcopy(like) for _ in range(3))
+    half, cpu = precision != 'fp32', torch.device('cpu')
+    norms = {name: getattr(torch.nn.functional, name) for name in ('group_norm', 'layer_norm')}
+    with contextlib.ExitStack() as stack, FakeTensorMode(allow_non_fake_inputs=True), Storages() as storages:
+        for name, norm in norms.items() if half else ():        # CUDA's autocast runs them in fp32, the CPU's does not
+            stack.enter_context(mock.patch(f'torch.nn.functional.{name}', functools.partial(
+                lambda norm, x, *args, **kwargs: norm(x.float(), *args, **kwargs), norm)))
+
+        for net in (teacher, G, fake):
+            dtype = torch.bfloat16 if net is teacher and precision == 'bf16' else torch.float32
+            for module in net.modules():
+                for name, w in module._parameters.items():
+                    if w is not None:
+                        module._parameters[name] = torch.nn.Parameter(
+                            torch.empty(w.shape, dtype=dtype), requires_grad=net is not teacher)
+        averages = [torch.empty_like(w) for w in G.parameters()] if not ema_device else []
+        squares = [torch.empty_like(w) for net in (G, fake) for w in net.parameters()]
+        if checkpoint:
+            for net in (teacher, G, fake):
+                sid_lsg.recompute_in_backward(net)
+        z, context, null = (torch.empty(n, *y.shape[1:]) for n, y in ((batch, x), (batch, context), (1, context)))
+        eps, t = torch.empty_like(z), torch.empty(batch, dtype=torch.int64)
+        state = storages.live
+        for half in 'psi', 'psi', 'theta', 'theta':     # of the second micro-batch gradients of the first are there
+            with sid_lsg.autocast(precision, cpu), torch.set_grad_enabled(half == 'theta'):
+                x_g = sid_lsg.generate(G, z, context)
+            with sid_lsg.autocast(precision, cpu):
+                if half == 'psi':
+                    loss = sid_lsg.fake_score_loss(fake, x_g, t, eps, context, null, kappa)
+                else:
+                    fake.requires_grad_(False)
+                    for w in fake.parameters():
+                        w.grad = None
+                    x_t = sid_lsg.add_noise(x_g, eps, t)
+                    x_psi, x_phi = (sid_lsg.predict_x0(sid_lsg.guided(net, x_t, t, context, null, kappa), x_t, t)
+                                    for net in (fake, teacher))
+                    loss = sid_lsg.generator_loss(x_g, x_phi, x_psi, 1.0)
+            loss.backward()
+            del loss, x_g
+    gradients = sum(w.nbytes for w in like.parameters())
+    return fixed + state + gradients, fixed + storages.peak
+
+
+# ---------------------------------------------------------------------------------------------------
 # Rows
 
 def unet_row(table, args):
@@ -439,20 +521,21 @@ def sampling_row(table, args):
 
 
 def memory_row(table, args):
-    """GPU: peak memory of a training iteration at micro-batch 1, option by option, and the largest that fits"""
-    options = dict(precision='fp32')
-    for more in ({}, dict(precision='bf16'), dict(ema_device='cpu'), dict(checkpoint=True)):
+    """peak memory of training, option by option: counted, and on a GPU measured, where the largest that fits is sought"""
+    options, cuda = dict(precision='fp32'), table.device.type == 'cuda'
+    for more in ({}, dict(precision='bf16'), dict(ema_device='cpu'), dict(checkpoint=True), dict(batch=8)):
         options |= more
-        free(table.device)
-        train(2, args.work, teacher=str(args.folder), device=str(table.device), batch=1, **options)
-        run, peak = Timed.last, torch.cuda.max_memory_allocated()
-        nets = [w.nbytes for net in (run.teacher, run.G, run.fake, run.ema, run.vae)
-                for w in net.parameters() if w.is_cuda]
-        squares = [w.nbytes for optimizer in run.optimizers.values() for w in optimizer.squares]
-        state = sum(nets) + sum(squares) + sum(w.nbytes for w in run.G.parameters())    # one net's gradients
-        print(f'memory, {options}: peak {peak / 1e9:.1f} GB = weights, averages and gradients {state / 1e9:.1f} + '
-              f'activations {(peak - state) / 1e9:.1f}', flush=True)
-    for size in (2 ** i for i in range(1, 12)):
+        state, peak = predicted_peak(args.folder, **options)
+        measured = ''
+        if cuda:
+            free(table.device)
+            settings = {**options, 'micro_batch': options.get('batch', 1), 'batch': 2 * options.get('batch', 1)}
+            train(2, args.work, teacher=str(args.folder), device=str(table.device), **settings)
+            most = torch.cuda.max_memory_allocated()
+            measured = f', measured {most / 1e9:.1f}, ratio {most / peak:.2f} (bar 0.9 to 1.1)'
+        print(f'memory, {options}: weights, averages and gradients {state / 1e9:.1f} GB, counted at the peak '
+              f'{peak / 1e9:.1f}{measured}', flush=True)
+    for size in (2 ** i for i in range(1, 12) if cuda):
         free(table.device)
         try:
             train(1, args.work, teacher=str(args.folder), device=str(table.device), batch=size, precision='bf16')

@@ -27,8 +27,43 @@ import unet
 
 
 def moments(latents):
-    x = latents.flatten(1).double().numpy()
+    x = latents.flatten(1).double().cpu().numpy()
     return x.mean(0), np.cov(x, rowvar=False)
+
+
+class Exam:
+    """The first `count` captions that a teacher was not trained on, with what it takes to draw and to score them."""
+
+    def __init__(self, teacher, count):
+        self.device = sid_lsg.choose_device('')
+        self.vae, self.encode, _ = sid_lsg.load_parts(teacher, self.device)
+        self.captions = (Path(teacher) / 'held_out.txt').read_text().splitlines()[:count]
+        self.scenes = [tiny_world.scene_of(text) for text in self.captions]
+        self.real = self.drawn(seed=5)
+        self.shape = tuple(self.real.shape[1:])
+
+    @torch.no_grad()
+    def drawn(self, seed):
+        """Latents (count, 4, h, w) of freshly drawn pictures, one a caption."""
+        pictures = make_tiny_sd.to_net(tiny_world.pictures(self.scenes, seed))
+        return torch.cat([self.vae.encode(x.to(self.device)) for x in pictures.split(100)])
+
+    @torch.no_grad()
+    def draw(self, make, captions=None, seeds=None):
+        """Latents and pictures of the captions, by make(z, context); caption i with seed i unless told."""
+        captions, latents, pictures = captions or self.captions, [], []
+        seeds = seeds or range(len(captions))
+        for i in range(0, len(captions), 100):
+            def keep(z, fresh, context):
+                latents.append(make(z, context))
+                return latents[-1]
+            pictures.append(sid_lsg.draw_pictures(
+                keep, self.vae, self.encode(captions[i:i + 100]), seeds[i:i + 100], self.shape))
+        return torch.cat(latents), np.concatenate(pictures)
+
+    def distance(self, latents):
+        """Fréchet distance of latents (count, 4, h, w) to those of drawn pictures."""
+        return fid.frechet_distance(*moments(latents), *moments(self.real))
 
 
 def main():
@@ -45,63 +80,41 @@ def main():
     parser.add_argument('--picture', help='PNG to write: the first 8 captions by teacher and runs, side by side')
     args = parser.parse_args()
 
-    device = sid_lsg.choose_device('')
-    vae, encode, _ = sid_lsg.load_parts(args.teacher, device)
-    teacher = unet.load(args.teacher).to(device)
-    captions = (Path(args.teacher) / 'held_out.txt').read_text().splitlines()[:args.captions]
-    scenes = [tiny_world.scene_of(text) for text in captions]
-    shape, null = sid_lsg.latent_shape(0, teacher, vae), encode([''])
-
-    @torch.no_grad()
-    def draw(make):
-        """Latents and pictures of all captions, caption i with seed i."""
-        latents, pictures = [], []
-        for i in range(0, len(captions), 100):
-            def keep(z, fresh, context):
-                latents.append(make(z, context))
-                return latents[-1]
-            seeds = range(i, i + len(captions[i:i + 100]))
-            pictures.append(sid_lsg.draw_pictures(keep, vae, encode(captions[i:i + 100]), seeds, shape))
-        return torch.cat(latents).cpu(), np.concatenate(pictures)
-
-    real_pictures = tiny_world.pictures(scenes, seed=5)
+    exam = Exam(args.teacher, args.captions)
+    teacher, null = unet.load(args.teacher).to(exam.device), exam.encode([''])
+    real_pictures = tiny_world.pictures(exam.scenes, seed=5)
     with torch.no_grad():
-        real = torch.cat([vae.encode(x.to(device))
-                          for x in make_tiny_sd.to_net(real_pictures).split(100)]).cpu()
-        kept = np.concatenate([sid_lsg.to_uint8(vae.decode(x.to(device))) for x in real.split(100)])
-        again = torch.cat([vae.encode(x.to(device)) for x in make_tiny_sd.to_net(
-            tiny_world.pictures(scenes, seed=6)).split(100)]).cpu()
+        kept = np.concatenate([sid_lsg.to_uint8(exam.vae.decode(x)) for x in exam.real.split(100)])
     attributes = ('background', 'count', 'place', 'size', 'color', 'shape')
-    print(f'{len(captions)} held-out captions\n{"":34s} {"right":>6s} {"FD":>7s}  '
+    print(f'{len(exam.captions)} held-out captions\n{"":34s} {"right":>6s} {"FD":>7s}  '
           + ' '.join(f'{a:>10s}' for a in attributes))
 
     rows = []
 
     def report(name, latents, pictures, began):
         rows.append((name, pictures[:8]))
-        share, each = tiny_world.right(pictures, scenes)
-        distance = (fid.frechet_distance(*moments(latents), *moments(real))
-                    if latents is not None else math.nan)
+        share, each = tiny_world.right(pictures, exam.scenes)
+        distance = exam.distance(latents) if latents is not None else math.nan
         print(f'{name:34s} {share:6.1%} {distance:7.2f}  '
               + ' '.join(f'{each[a]:10.1%}' for a in attributes)
               + f'   {time.time() - began:.0f} s', flush=True)
 
-    report('drawn pictures', again, real_pictures, time.time())
+    report('drawn pictures', exam.drawn(seed=6), real_pictures, time.time())
     report('the same through the VAE', None, kept, time.time())
     began = time.time()
-    report('teacher, 1 step', *draw(lambda z, c: sid_lsg.generate(teacher, z, c)), began)
+    report('teacher, 1 step', *exam.draw(lambda z, c: sid_lsg.generate(teacher, z, c)), began)
     for run in args.runs:
         folder = Path(run) / 'generator'
-        G, began = unet.load(folder).to(device), time.time()
-        report(f'{run}, 1 step', *draw(lambda z, c: sid_lsg.generate(G, z, c)), began)
+        G, began = unet.load(folder).to(exam.device), time.time()
+        report(f'{run}, 1 step', *exam.draw(lambda z, c: sid_lsg.generate(G, z, c)), began)
     for kappa in args.kappa:
         began = time.time()
         report(f'teacher, {args.steps} steps, kappa {kappa:g}',
-               *draw(lambda z, c: sid_lsg.ddim(teacher, z, c, null, kappa, args.steps)), began)
+               *exam.draw(lambda z, c: sid_lsg.ddim(teacher, z, c, null, kappa, args.steps)), began)
     if args.picture:
         rows = [row for row in rows[2:] if 'kappa' not in row[0]] + rows[-1:]       # the teacher at its last kappa
         sid_lsg.save_png(sid_lsg.make_grid([image for _, pictures in rows for image in pictures],
-                                           [f'{name}: {text}' for name, _ in rows for text in captions[:8]], 8),
+                                           [f'{name}: {text}' for name, _ in rows for text in exam.captions[:8]], 8),
                          args.picture)
 
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import bench
 import clip_text
 import sid_lsg
 import unet
@@ -252,9 +253,20 @@ def test_a_failing_compiler_gets_a_sentence(run, tmp_path, monkeypatch, capsys):
 def test_the_benchmark_runs(tmp_path):
     """On small nets; it asserts by itself that both sides compute the same, in training, too."""
     result = subprocess.run([sys.executable, ROOT / 'tests' / 'bench.py', '--small', '--repeat', '1', '--batch', '4',
-                             '--micro-batch', '2', '--work', tmp_path, 'unet', 'iteration'], capture_output=True, text=True)
+                             '--micro-batch', '2', '--work', tmp_path, 'unet', 'iteration', 'memory'], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count('(bar') == 3 and 'off by' in result.stdout
+    assert result.stdout.count('(bar') == 3 and 'off by' in result.stdout and result.stdout.count('counted') == 5
+
+
+def test_peaks_are_counted_as_they_are():
+    with bench.Storages() as storages:
+        a = torch.zeros(1000)
+        b = a.view(10, 100)                     # no memory of its own
+        c = a + 1
+        del a, b
+        d = c.double()
+        del c
+    assert (storages.live, storages.peak) == (8000, 12000) and d.nbytes == 8000
 
 
 def test_a_long_prompt_is_cut_with_a_warning(run):

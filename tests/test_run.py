@@ -3,9 +3,12 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -137,15 +140,20 @@ def test_killed_at_any_moment_a_run_loses_no_more_than_since_the_last_save(teach
     assert images == list(range(8, lines[-1][1] + 9, 8))        # no iteration twice, none missing
 
 
+def torchrun(script, teacher, folder, settings):
+    """Two processes that train in `folder`."""
+    options = [f'--{name.replace("_", "-")}={value}' for name, value in settings.items()]
+    return subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=0', '--rdzv_backend=c10d',
+         '--rdzv_endpoint=localhost:0', script, 'train', '--teacher', teacher, '--out', folder, *options],
+        capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'}, timeout=120)
+
+
 def test_two_processes_are_one(teacher, tmp_path):
     """torchrun with gloo: the same total batch gives the same weights up to the order of summation."""
     settings = {**LENGTH, 'lr': 1e-4, 'fake_lr': 1e-4}
     train(tmp_path / 'one', teacher, **settings)
-    options = [f'--{name.replace("_", "-")}={value}' for name, value in settings.items()]
-    result = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=0', '--rdzv_backend=c10d',
-         '--rdzv_endpoint=localhost:0', ROOT / 'sid_lsg.py', 'train', '--teacher', teacher, '--out', tmp_path / 'run', *options],
-        capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    result = torchrun(ROOT / 'sid_lsg.py', teacher, tmp_path / 'run', settings)
     assert result.returncode == 0, result.stderr
     ours, theirs = state(tmp_path / 'one'), state(tmp_path / 'run')
     for net in ('G.', 'fake.', 'ema.'):         # in norm: where a gradient is rounding alone, Adam makes a step of it
@@ -155,6 +163,30 @@ def test_two_processes_are_one(teacher, tmp_path):
         for name in one:
             assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-4), name
     assert result.stdout.count('Distilling') == 1
+
+
+DYING = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import sid_lsg
+calls, update_average = [], sid_lsg.update_average
+def update(*arguments):
+    calls.append(1)
+    if len(calls) == 5 and os.environ['RANK'] == '1':
+        os.kill(os.getpid(), signal.SIGKILL)
+    update_average(*arguments)
+sid_lsg.update_average = update
+sid_lsg.main()
+"""
+
+
+def test_a_process_that_dies_takes_the_others_down(whole, teacher, tmp_path):
+    (tmp_path / 'dying.py').write_text(DYING.format(root=str(ROOT)))
+    result = torchrun(tmp_path / 'dying.py', teacher, tmp_path / 'run', LENGTH)
+    said = [line for line in result.stderr.splitlines() if line.startswith('sid_lsg: ')]
+    assert result.returncode and len(said) == 1 and '--resume' in said[0], result.stderr
+    train(tmp_path / 'run')                     # alone, from what was saved after three iterations
+    assert [row['images'] for row in rows(tmp_path / 'run') if 'loss_G' in row] == list(range(8, 97, 8))
 
 
 def refused(capsys, *words, **given):
@@ -228,6 +260,38 @@ def test_a_full_disk_stops_the_run_and_keeps_the_state(whole, teacher, tmp_path,
 def test_a_folder_that_cannot_be_written_is_named(teacher, tmp_path, capsys):
     (tmp_path / 'file').write_text('')
     refused(capsys, str(tmp_path / 'file'), folder=tmp_path / 'file' / 'run', teacher=teacher)
+
+
+def as_nobody(function):
+    """`function` as a user whom permissions hold, which they do not do with root."""
+    def call(*arguments):
+        root = os.geteuid() == 0
+        if root:
+            os.seteuid(65534)
+        try:
+            return function(*arguments)
+        finally:
+            if root:
+                os.seteuid(0)
+    return call
+
+
+def test_a_read_only_folder_is_named(whole, teacher, tmp_path, monkeypatch, capsys):
+    folder = Path(tempfile.mkdtemp())           # pytest's own are closed to others
+    try:
+        folder.chmod(0o555)
+        monkeypatch.setattr(sid_lsg, 'new_folder', as_nobody(sid_lsg.new_folder))
+        refused(capsys, 'Permission denied', str(folder), folder=folder / 'run', teacher=teacher)
+        folder.chmod(0o777)
+        train(folder / 'run', teacher, **LENGTH)
+        before = state(folder / 'run')
+        (folder / 'run').chmod(0o555)
+        (folder / 'run' / 'log.jsonl').chmod(0o444)
+        monkeypatch.setattr(sid_lsg.Log, 'write', as_nobody(sid_lsg.Log.write))
+        refused(capsys, 'Permission denied', 'log.jsonl', folder=folder / 'run', kimg=0.12)
+        assert same(state(folder / 'run'), before)
+    finally:
+        shutil.rmtree(folder)
 
 
 def test_a_run_of_nothing_but_nan_stops_with_its_last_good_state(teacher, tmp_path, monkeypatch, capsys):
