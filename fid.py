@@ -27,7 +27,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import numpy as np
-import scipy                # loads scipy.linalg at first use: a third of a second that only scores wait for
+import scipy                # loads scipy.linalg at first use, a third of a second that only scores need
 import torch
 import torch.nn.functional as F
 from PIL import Image

@@ -72,62 +72,70 @@ TINY_TEACHER = Path(__file__).resolve().parent / 'tests' / 'tiny_sd'
 # the teacher's folder if there is one, and else is the paper's, which stands here.
 
 def option(default, help, **more):
+    """A setting: default and help; and for the command line `choices`, `metavar`, the `group` it opens."""
     return field(default=default, metadata={'help': help, **more})
 
 
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 TOKENIZER = option('', 'folder with vocab.json and merges.txt (default: the teacher\'s, or the local '
-                   'Hugging Face cache\'s if the teacher is a single file)')
+                   'Hugging Face cache\'s if the teacher is a single file)', metavar='FOLDER')
 COMPILE = option(False, 'torch.compile the nets: a minute or more at the start, then faster')
-DEVICE = option('', 'cuda, cuda:1, cpu ... (default: cuda if there is one, else cpu)')
+DEVICE = option('', 'cuda, cuda:1, cpu ... (default: cuda if there is one, else cpu)', group='the machine')
 
 
 @dataclass
 class TrainConfig:
-    teacher: str = option(str(TINY_TEACHER), 'Stable Diffusion 1.5 to distil: folder in diffusers '
-                          'layout, original .safetensors or .ckpt, or repo id in the Hugging Face cache')
+    teacher: str = option(str(TINY_TEACHER), 'Stable Diffusion 1.5: folder in diffusers layout, original '
+                          '.safetensors or .ckpt, or repo id in the Hugging Face cache (default: the tiny '
+                          'one of tests/tiny_sd)', group='what is distilled', metavar='PATH')
     tokenizer: str = TOKENIZER
-    prompts: str = option('', 'text file, one prompt a line (default: prompts.txt in the teacher folder)')
-    out: str = option('', 'run folder to make (default: the next free runs/NNN)')
-    resume: str = option('', 'run folder to go on with, by its own settings; only length, intervals, '
-                         'micro-batch and device may be given anew')
-    device: str = DEVICE
-    precision: str = option('fp32', 'fp32, or autocast to bf16 or fp16 over fp32 weights',
-                            choices=[*DTYPES])
-    seed: int = option(0, 'every random draw follows from it')
+    prompts: str = option('', 'text file, one prompt a line (default: prompts.txt in the teacher folder)',
+                          metavar='FILE')
     size: int = option(0, 'side of the pictures in pixels (default: what the teacher was trained at)')
 
     kappa: tuple = option((1.5,), 'guidance: one number for all (LSG), or three: kappa1, kappa2 = '
-                          'kappa3, kappa4. 1 is none, 1 1 K long, K 1 1 with K < 1 short, 0 0 1 Zero-CFG')
-    alpha: float = option(1.0, 'alpha of the generator loss')
-    t_init: int = option(625, 'step at which the generator works')
-    t_min: int = option(20, 'smallest t of the losses')
-    t_max: int = option(980, 'largest t of the losses, exclusive')
-    drop: float = option(0.1, 'share of prompts made empty while fake learns, '
+                          'kappa3, kappa4. 1 is none, 1 1 K long, K 1 1 with K < 1 short, 0 0 1 Zero-CFG',
+                          group='the method')
+    alpha: float = option(1.0, 'how far the generator\'s loss corrects for the fake net\'s own error')
+    t_init: int = option(625, 'step at which the generator works, of 0 to 999')
+    t_min: int = option(20, 'smallest step t of the losses')
+    t_max: int = option(980, 'largest step t of the losses, exclusive')
+    drop: float = option(0.1, 'share of prompts made empty while the fake net learns, '
                          'if kappa1 or kappa2 is not 1')
 
-    kimg: float = option(10_000.0, 'length of the run in thousand images')
-    batch: int = option(512, 'images an iteration')
-    micro_batch: int = option(0, 'images at a time on each device, whose gradients add up to the '
-                              'batch\'s (default: all that is its part)')
+    kimg: float = option(10_000.0, 'length in thousand images', group='the optimisation')
+    batch: int = option(512, 'images an iteration, over all processes')
     lr: float = option(1e-6, 'learning rate of the generator')
     fake_lr: float = option(1e-6, 'learning rate of the fake score net')
     lr_end: float = option(1.0, 'share of both learning rates that is left at the end, falling linearly')
     ema_kimg: float = option(50.0, 'half-life of the generator\'s average in thousand images')
+    seed: int = option(0, 'every random draw follows from it')
 
+    out: str = option('', 'run folder to make (default: the next free runs/NNN)', group='the run folder',
+                      metavar='FOLDER')
+    resume: str = option('', 'run folder to go on with, by its own settings; only length, intervals, FID, '
+                         'device, micro-batch and what saves memory may be given anew', metavar='FOLDER')
     grid_kimg: float = option(100.0, 'thousand images between picture grids, '
                               'with each of which the generator is saved')
     log_seconds: float = option(5.0, 'seconds between status lines')
     save_every: float = option(50.0, 'thousand images between training states, of which the last two are '
                                'kept; also saved at the end and when interrupted')
+
     progress_samples: int = option(0, 'generated latents to compare with as many of the teacher\'s in 25 '
-                                   'steps at each picture grid, by Frechet distance')
+                                   'steps at each picture grid, by Frechet distance', group='measures')
     fid_stats: str = option('', 'statistics that fid.py --save-stats wrote, to score the generator '
-                            'against as it trains')
+                            'against as it trains', metavar='FILE')
     fid_every: float = option(500.0, 'thousand images between such scores')
     fid_num: int = option(10_000, 'pictures for each, prompt i with seed i')
-    fid_prompts: str = option('', 'their captions, one a line (default: those of training)')
-    fid_weights: str = option('', 'Inception weights (default: as fid.py finds them)')
+    fid_prompts: str = option('', 'their captions, one a line (default: those of training)',
+                              metavar='FILE')
+    fid_weights: str = option('', 'Inception weights (default: as fid.py finds them)', metavar='FILE')
+
+    device: str = DEVICE
+    precision: str = option('fp32', 'fp32, or autocast to bf16 or fp16 over fp32 weights',
+                            choices=[*DTYPES])
+    micro_batch: int = option(0, 'images at a time on each device, whose gradients add up to the '
+                              'batch\'s (default: all that is its part)')
     checkpoint: bool = option(False, 'gradient checkpointing: less memory, one more forward pass')
     ema_device: str = option('', 'cpu keeps the generator\'s average there (default: where training is)')
     compile: bool = COMPILE
@@ -135,21 +143,26 @@ class TrainConfig:
 
 @dataclass
 class SampleConfig:
-    texts: tuple = option((), 'prompts, in quotes')
-    prompts: str = option('', 'text file, one prompt a line, after those on the command line')
-    generator: str = option('', 'run folder or generator folder (default: the newest run in runs/)')
-    teacher: str = option('', 'checkpoint whose VAE and text encoder to use '
-                          '(default: the generator\'s teacher)')
-    tokenizer: str = TOKENIZER
+    texts: tuple = option((), 'prompts, in quotes', group='what is drawn')
+    prompts: str = option('', 'text file, one prompt a line, after those on the command line',
+                          metavar='FILE')
     seeds: str = option('', 'such as 0-7,42: every prompt with each of them '
-                        '(default: prompt i with seed i)')
-    steps: int = option(1, 'steps of the generator', choices=[1, 2, 4])
-    teacher_steps: int = option(0, 'draw with the teacher itself instead, in so many DDIM steps')
-    kappa: float = option(None, 'guidance of the teacher, with --teacher-steps (default: 1.5)')
+                        '(default: prompt i with seed i)', metavar='LIST')
     size: int = option(0, 'side of the pictures in pixels (default: what the generator was trained at)')
-    batch: int = option(8, 'pictures at a time')
-    out: str = option('', 'folder to make (default: the next free samples/NNN)')
+    out: str = option('', 'folder to make (default: the next free samples/NNN)', metavar='FOLDER')
+
+    generator: str = option('', 'run folder or generator folder (default: the newest run in runs/)',
+                            group='what draws', metavar='FOLDER')
+    steps: int = option(1, 'steps of the generator', choices=[1, 2, 4])
+    teacher: str = option('', 'checkpoint whose VAE and text encoder to use '
+                          '(default: the generator\'s teacher)', metavar='PATH')
+    tokenizer: str = TOKENIZER
+    teacher_steps: int = option(0, 'draw with the teacher itself instead, in so many DDIM steps '
+                                '(default: 0, with the generator)')
+    kappa: float = option(None, 'guidance of the teacher, with --teacher-steps (default: 1.5)')
+
     device: str = DEVICE
+    batch: int = option(8, 'pictures at a time')
     precision: str = option('fp32', 'of weights and arithmetic', choices=[*DTYPES])
     compile: bool = COMPILE
 
@@ -161,7 +174,7 @@ class ConvertConfig:
     target: str = option('', 'what to write: one original-style file if it ends in .safetensors, '
                          'else a folder in diffusers layout')
     teacher: str = option('', 'checkpoint whose VAE and text encoder go with a generator '
-                          '(default: what it was distilled from)')
+                          '(default: what it was distilled from)', metavar='PATH')
     tokenizer: str = TOKENIZER
     precision: str = option('', 'of the weights written (default: fp16 in a file, fp32 in a folder, '
                             'as it is opened without further settings)', choices=['fp32', 'fp16'])
@@ -1037,7 +1050,8 @@ def place(net, device):
     name = str(next(net.parameters()).dtype).replace('torch.bfloat', 'bf').replace('torch.float', 'fp')
     # A CPU that can has, say, avx512_bf16, bf16 or fp16_arith. Older torch has no such function.
     abilities = getattr(torch.cpu, 'get_capabilities', dict)()
-    if device.type != 'cpu' or name == 'fp32' or any(has and name in what for what, has in abilities.items()):
+    if (device.type != 'cpu' or name == 'fp32'
+            or any(has and name in what for what, has in abilities.items())):
         return net
     narrow = {layer: [(w, w.data) for w in layer.parameters(recurse=False)] for layer in net.modules()}
 
@@ -1288,27 +1302,31 @@ def main(arguments=None):
                                      epilog='See train --help, sample --help and convert --help.')
     commands = parser.add_subparsers(dest='command', required=True, metavar='train | sample | convert')
     for name, kind, does in (
-            ('train', TrainConfig, 'distil a teacher into a one-step generator'),
-            ('sample', SampleConfig, 'draw pictures with a generator, or with its teacher'),
-            ('convert', ConvertConfig, 'rewrite a checkpoint or generator for other programs')):
+            ('train', TrainConfig, 'Distil a teacher into a one-step generator. Defaults are the paper\'s; '
+             'a file sid_lsg.json in the teacher\'s folder may bring others, as the tiny one\'s does.'),
+            ('sample', SampleConfig, 'Draw pictures with a generator, or with its teacher.'),
+            ('convert', ConvertConfig, 'Rewrite a checkpoint or generator for other programs.')):
         command = commands.add_parser(
             name, help=does, description=does, argument_default=argparse.SUPPRESS)
+        group = command
         for f in fields(kind):
-            text, several = f.metadata['help'], f.type is tuple
+            text, several, option = f.metadata['help'], f.type is tuple, '--' + f.name.replace('_', '-')
+            if 'group' in f.metadata:
+                group = command.add_argument_group(f.metadata['group'])
             if f.name == 'texts':
-                command.add_argument('texts', nargs='*', metavar='PROMPT', help=text)
-                continue
-            if f.name in ('source', 'target'):
-                command.add_argument(f.name, metavar=dict(source='IN', target='OUT')[f.name], help=text)
-                continue
-            if f.type is bool:
-                command.add_argument('--' + f.name.replace('_', '-'), action='store_true', help=text)
-                continue
-            if '(default' not in text:
-                text += f' (default: {f.default[0] if several else f.default})'
-            command.add_argument(
-                '--' + f.name.replace('_', '-'), type=float if several else f.type, help=text,
-                nargs='+' if several else None, choices=f.metadata.get('choices'))
+                group.add_argument('texts', nargs='*', metavar='PROMPT', help=text)
+            elif f.name in ('source', 'target'):
+                group.add_argument(f.name, metavar=dict(source='IN', target='OUT')[f.name], help=text)
+            elif f.type is bool:
+                group.add_argument(option, action='store_true', help=text)
+            else:
+                if '(default' not in text and f.default != '':
+                    text += f' (default: {f.default[0] if several else f.default})'.replace('.0)', ')')
+                metavar = dict(int='N', str='NAME').get(f.type.__name__, 'X')
+                metavar = None if 'choices' in f.metadata else f.metadata.get('metavar', metavar)
+                group.add_argument(
+                    option, type=float if several else f.type, help=text, nargs='+' if several else None,
+                    choices=f.metadata.get('choices'), metavar=metavar)
     given = vars(parser.parse_args(arguments))
     run, kind = dict(train=(train, TrainConfig), sample=(sample, SampleConfig),
                      convert=(convert, ConvertConfig))[given.pop('command')]
@@ -1321,8 +1339,9 @@ def main(arguments=None):
         sys.exit(2)
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or 'gloo' in str(error):
-            print('sid_lsg: another process of this run was lost, so it ends here; its last state is kept: start all '
-                  f'processes again with --resume ({str(error).splitlines()[0]})', file=sys.stderr)
+            print('sid_lsg: another process of this run was lost, so it ends here; its last state is '
+                  'kept: start all processes again with --resume '
+                  f'({str(error).splitlines()[0]})', file=sys.stderr)
             os._exit(2)                         # an orderly exit would wait for the lost one
         if not type(error).__module__.startswith(('torch._dynamo', 'torch._inductor')):
             raise

@@ -488,7 +488,7 @@ def fill(net, tensors, names, file, dtype, scope=''):
             raise ValueError(f'{file} has the tensor {name} with shape {tuple(w.shape)}, '
                              f'expected {tuple(empty.shape)}')
         weights[key] = w = w.detach().to(dtype)
-        # The fastest look at every number, ten times faster than isfinite(): NaN is both the least and the most.
+        # Ten times faster than isfinite(), and NaN is both the least and the most.
         if not all(math.isfinite(end) for end in torch.aminmax(w)):
             raise ValueError(f'{file} has NaN or infinite numbers in the tensor {name}; '
                              'expected finite weights, download it again')

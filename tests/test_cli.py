@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -328,6 +329,17 @@ def test_cuda_without_one_is_refused(teacher, capsys):
     with pytest.raises(SystemExit) as stop:
         sid_lsg.main(['train', '--teacher', str(teacher), '--device', 'cuda'])
     assert stop.value.code == 2 and '0 CUDA devices' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('command, groups', [('train', 6), ('sample', 3), ('convert', 0)])
+def test_help_is_grouped_and_says_every_default(command, groups, capsys):
+    with pytest.raises(SystemExit) as stop:
+        sid_lsg.main([command, '--help'])
+    said = capsys.readouterr().out
+    assert stop.value.code == 0 and sum(line.startswith(('what', 'the ', 'measures')) for line in said.splitlines()) == groups
+    # What has no default is a switch, or names what is to be written, read or gone on with.
+    without = {part.split()[0] for part in re.split(r'\n  (?=--)', said)[1:] if '(default' not in part}
+    assert without <= {'--resume', '--fid-stats', '--checkpoint', '--compile', '--prompts', '--overwrite'}
 
 
 def test_the_default_settings_are_the_papers():
