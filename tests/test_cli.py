@@ -222,6 +222,21 @@ def test_sample_draws_the_same_in_half_precision(precision, run, tmp_path):
     assert 0 < abs(whole - half).max() and abs(whole - half).mean() < 0.02 * whole.std()
 
 
+def test_a_cpu_without_bf16_computes_in_fp32_from_bf16_weights(teacher, monkeypatch):
+    cpu = torch.device('cpu')
+    x, context = (torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)) for shape in ((4, 8, 8), (77, 16)))
+    exact = unet.load(teacher, torch.bfloat16).float()(x, torch.tensor(500), context)
+
+    def off(has):
+        monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: dict(avx512_f=True, avx512_bf16=has), raising=False)
+        net = sid_lsg.place(unet.load(teacher, torch.bfloat16), cpu)
+        outputs = [net(x, torch.tensor(500), context) for _ in range(2)]
+        assert torch.equal(*outputs) and {w.dtype for w in net.parameters()} == {torch.bfloat16}
+        assert outputs[0].dtype == (torch.bfloat16 if has else torch.float32)
+        return ((outputs[0] - exact).norm() / exact.norm()).item()
+    assert off(False) < off(True) / 2 < 0.05    # what is left is the rounding of inputs
+
+
 def compile_with(backend, monkeypatch):
     """Module.compile with a backend that needs no C++ compiler; what it is to compile is traced and guarded all the same."""
     real = torch.nn.Module.compile

@@ -1,5 +1,6 @@
 """Every command of the README runs, in tiny form where the real one needs real weights or days, in its order."""
 
+import re
 import shlex
 import subprocess
 import sys
@@ -78,3 +79,16 @@ def test_the_first_two_commands_install_what_they_run():
     install = 'python3 -m venv .venv && .venv/bin/pip install -r requirements.txt'
     assert train == f'{install} && .venv/bin/python sid_lsg.py train'
     assert test == f'{install} -r tests/requirements.txt && .venv/bin/python -m pytest -q tests'
+
+
+def test_the_file_guide_counts_right():
+    counted = 0
+    for names, counts in re.findall(r'^\| ((?:`\w+\.py` ?)+) \| ([\d,]+(?:, \d+)?) \|', README, re.M):
+        for name, count in zip(names.split(), counts.split(', ')):
+            lines = len((ROOT / name.strip('`')).read_text(encoding='utf-8').splitlines())
+            assert abs(lines - int(count.replace(',', ''))) <= 0.02 * lines, (name, lines)
+            counted += 1
+    assert counted == 5
+    first, last = map(int, re.search(r'the method \(lines (\d+) to (\d+)\)', README).groups())
+    code = (ROOT / 'sid_lsg.py').read_text(encoding='utf-8').splitlines()
+    assert code[first - 1] == '# The method' and 'What train() calls' in code[last + 1]          # below a bar
