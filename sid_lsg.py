@@ -1342,7 +1342,7 @@ def main(arguments=None):
             print('sid_lsg: another process of this run was lost, so it ends here; its last state is '
                   'kept: start all processes again with --resume '
                   f'({str(error).splitlines()[0]})', file=sys.stderr)
-            os._exit(2)                         # an orderly exit would wait for the lost one
+            sys.exit(2)
         if not type(error).__module__.startswith(('torch._dynamo', 'torch._inductor')):
             raise
         print(f'sid_lsg: torch.compile failed ({str(error).splitlines()[0]}); it needs a C++ compiler, '
