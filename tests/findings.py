@@ -4,7 +4,8 @@
 
 Distils the tiny teacher once for every strategy and seed and scores each generator on held-out captions, as
 tests/score_tiny.py does: the share of pictures right in every attribute, the Fréchet distance of VAE latents
-to drawn pictures, and how far pictures of one caption lie from each other. The teacher in 25 steps, at the same
+to drawn pictures, the latents' spread beside those of drawn pictures (root of the covariances' traces), and how far
+pictures of one caption lie from each other, in grey levels. The teacher in 25 steps, at the same
 scales of guidance, stands beside them. Prints a table and draws OUT/findings.png. What OUT has already is not made
 again, so that a run cut off goes on, and several processes may each be given other seeds.
 """
@@ -37,7 +38,7 @@ STRATEGIES = {
     'Anti-CFG': (-0.5, -0.5, 1, 1.0),
     'alpha 0.5': (1.5, 1.5, 1.5, 0.5),
     'alpha 1.2': (1.5, 1.5, 1.5, 1.2)}
-NUMBERS = ('right', 'fd', 'diversity')
+NUMBERS = ('right', 'fd', 'spread', 'diversity')
 
 
 def diversity(pictures, each):
@@ -47,11 +48,16 @@ def diversity(pictures, each):
                           for group in groups for i, j in combinations(range(each), 2)]))
 
 
+def spread(exam, latents):
+    """Of latents (N, 4, h, w) about their mean, over that of drawn pictures' latents."""
+    return float((latents.var(0).sum() / exam.real.var(0).sum()).sqrt())
+
+
 def score(exam, make, captions=40, each=8):
     """The NUMBERS of what make(z, context) draws; diversity from `each` pictures of some captions."""
     latents, pictures = exam.draw(make)
     texts = [text for text in exam.captions[:captions] for _ in range(each)]
-    return dict(right=tiny_world.right(pictures, exam.scenes)[0], fd=exam.distance(latents),
+    return dict(right=tiny_world.right(pictures, exam.scenes)[0], fd=exam.distance(latents), spread=spread(exam, latents),
                 diversity=diversity(exam.draw(make, texts)[1], each))
 
 
@@ -67,11 +73,12 @@ def once(file, make):
 def distil(exam, folder, teacher, kimg, strategy, seed):
     """Train a generator in `folder` and score it; about four minutes on a CPU core."""
     began = time.time()
-    sid_lsg.remove(folder)              # of a run cut off
     *kappa, alpha = STRATEGIES[strategy]
-    sid_lsg.train(sid_lsg.make_config(sid_lsg.TrainConfig, dict(
-        teacher=str(teacher), out=str(folder), kappa=tuple(kappa), alpha=alpha, seed=seed, kimg=kimg, grid_kimg=kimg,
-        progress_samples=0)))
+    if not (folder / 'generator').is_dir():
+        sid_lsg.remove(folder)          # of a run cut off
+        sid_lsg.train(sid_lsg.make_config(sid_lsg.TrainConfig, dict(
+            teacher=str(teacher), out=str(folder), kappa=tuple(kappa), alpha=alpha, seed=seed, kimg=kimg,
+            grid_kimg=kimg, progress_samples=0)))
     G = unet.load(folder / 'generator').to(exam.device)
     return dict(score(exam, lambda z, c: sid_lsg.generate(G, z, c)), seconds=time.time() - began)
 
@@ -117,7 +124,7 @@ def chart(points, file):
     sid_lsg.save_png(sheet, file)
 
 
-def main():
+def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out', type=Path, default=Path('findings'), help='folder for runs, scores and chart')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1], help='default: %(default)s')
@@ -130,7 +137,7 @@ def main():
                         help='the teacher\'s guidance, default: %(default)s')
     parser.add_argument('--only', nargs='+', default=list(STRATEGIES), choices=list(STRATEGIES), metavar='STRATEGY',
                         help='such as "LSG 1.5"; default: all')
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     exam = score_tiny.Exam(args.teacher, args.captions)
     teacher, null = unet.load(args.teacher).to(exam.device), exam.encode([''])
 
@@ -147,16 +154,19 @@ def main():
     each = 8
     texts = [text for text in exam.captions[:40] for _ in range(each)]
     drawn = tiny_world.pictures([tiny_world.scene_of(text) for text in texts], seed=7)
-    rows['drawn pictures'] = [dict(right=1.0, fd=exam.distance(exam.drawn(seed=6)), diversity=diversity(drawn, each))]
+    again = exam.drawn(seed=6)
+    rows['drawn pictures'] = [dict(right=1.0, fd=exam.distance(again), spread=spread(exam, again),
+                                   diversity=diversity(drawn, each))]
     print(f'{args.kimg:g} thousand images a run, seeds {args.seeds}, {len(exam.captions)} captions; mean +- half the '
-          f'range of the seeds\n\n| | kappa1, 2 = 3, 4 | alpha | right | FD | diversity |\n|---|---|---|---|---|---|')
+          f'range of the seeds\n\n| | kappa1, 2 = 3, 4 | alpha | right | FD | spread | diversity |\n|---|---|---|---|---|---|---|')
     for name, several in rows.items():
         *kappa, alpha = STRATEGIES.get(name, ('', '', '', ''))
         cells = []
         for number in NUMBERS:
-            values = [row[number] * (100 if number == 'right' else 1) for row in several]
-            spread = f' +- {np.ptp(values) / 2:.1f}' if len(values) > 1 else ''
-            cells.append(f'{np.mean(values):.1f}{spread}' + (' %' if number == 'right' else ''))
+            percent = number in ('right', 'spread')
+            values = [row[number] * (100 if percent else 1) for row in several]
+            cells.append(f'{np.mean(values):.1f}' + (f' +- {np.ptp(values) / 2:.1f}' if len(values) > 1 else '')
+                         + (' %' if percent else ''))
         print(f'| {name} | {", ".join(f"{k:g}" for k in kappa if k != "")} | {alpha} | {" | ".join(cells)} |')
     chart({name: [(row['right'], row['fd']) for row in several] for name, several in rows.items()
            if name != 'drawn pictures'}, args.out / 'findings.png')

@@ -5,7 +5,9 @@ import json
 
 import numpy as np
 import torch
+from PIL import Image
 
+import findings
 import make_tiny_sd
 import sid_lsg
 import tiny_world
@@ -68,3 +70,21 @@ def test_the_teacher_draws_what_captions_say():
     pictures = sid_lsg.draw_pictures(lambda z, fresh, c: sid_lsg.ddim(teacher, z, c, null, 3.0, 15), vae,
                                      encode(texts), range(16), sid_lsg.latent_shape(0, teacher, vae))
     assert tiny_world.right(pictures, [tiny_world.scene_of(text) for text in texts])[0] >= 15 / 16
+
+
+def test_diversity_is_the_mean_distance_within_captions():
+    pictures = np.zeros((4, 2, 2, 3), np.uint8)
+    pictures[1], pictures[2:] = 10, 99          # two of one caption, 10 apart everywhere; two of another, the same
+    assert findings.diversity(pictures, 2) == 5
+
+
+def test_findings_are_found_once(tmp_path, capsys):
+    arguments = ['--out', str(tmp_path), '--seeds', '0', '--kimg', '0.016', '--captions', '40', '--kappa',
+                 '--only', 'no guidance', 'Zero-CFG']
+    findings.main(arguments)
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith('| ')]
+    assert len(table) == 4 and table[1].startswith('| no guidance | 1, 1, 1 | 1.0 | ')
+    assert Image.open(tmp_path / 'findings.png').size == (1440, 1080)
+    findings.main(arguments)                    # from what is there
+    said = capsys.readouterr().out
+    assert 'Distilling' not in said and table == [line for line in said.splitlines() if line.startswith('| ')]
