@@ -87,7 +87,7 @@ def chart(points, file):
     """Right (to the right) against Fréchet distance (upwards): every run a dot, every mean a labelled ring.
 
     points: {name: [(right, fd) of each seed]}. LSG's and the teacher's are joined in order of kappa."""
-    wide, high, edge, scale = 720, 540, 56, 2
+    wide, high, edge, scale = 720, 500, 40, 2
     sheet = Image.new('RGB', (wide * scale, high * scale), 'white')
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11 * scale)
     x, y = np.array([point for several in points.values() for point in several]).T
@@ -109,7 +109,7 @@ def chart(points, file):
         pen.line([place(left, distance), place(right, distance)], '#e4e4e4', scale)
         pen.text(place(left, distance), f'{distance} ', 'black', font, anchor='rm')
     pen.text((wide * scale / 2, high * scale - 6), 'captions drawn right', 'black', font, anchor='md')
-    pen.text((8, 8), 'Fréchet distance of latents; lower is nearer to the world', 'black', font)
+    pen.text((8, 8), 'Frechet distance of latents; lower is nearer to the world', 'black', font)
     colors = {'teacher': 'gray', 'no gui': 'navy', 'LSG': 'navy', 'alpha': 'darkgreen'}
     means = {name: place(*np.mean(several, axis=0)) for name, several in points.items()}
     for family in (('teacher',), ('no guidance', 'LSG')):
@@ -120,7 +120,8 @@ def chart(points, file):
         for point in several if len(several) > 1 else ():
             dot(place(*point), 2, fill=color)
         dot(means[name], 4, outline=color, fill='white', width=2 * scale)
-        pen.text((means[name][0] + 7 * scale, means[name][1]), name, color, font, anchor='lm')
+        side = -1 if name.startswith(('alpha', 'long')) else 1      # where there is room
+        pen.text((means[name][0] + 7 * scale * side, means[name][1]), name, color, font, anchor='lm' if side > 0 else 'rm')
     sid_lsg.save_png(sheet, file)
 
 
@@ -133,7 +134,7 @@ def main(arguments=None):
     parser.add_argument('--captions', type=int, default=1000,
                         help='held-out captions to score on; the Fréchet distance depends on it, default: %(default)s')
     parser.add_argument('--teacher', type=Path, default=make_tiny_sd.TINY, help='default: %(default)s')
-    parser.add_argument('--kappa', type=float, nargs='*', default=[1.0, 1.5, 2.0, 3.0, 4.5],
+    parser.add_argument('--kappa', type=float, nargs='*', default=[1.0, 1.5, 2.0],
                         help='the teacher\'s guidance, default: %(default)s')
     parser.add_argument('--only', nargs='+', default=list(STRATEGIES), choices=list(STRATEGIES), metavar='STRATEGY',
                         help='such as "LSG 1.5"; default: all')
