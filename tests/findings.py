@@ -57,8 +57,8 @@ def score(exam, make, captions=40, each=8):
     """The NUMBERS of what make(z, context) draws; diversity from `each` pictures of some captions."""
     latents, pictures = exam.draw(make)
     texts = [text for text in exam.captions[:captions] for _ in range(each)]
-    return dict(right=tiny_world.right(pictures, exam.scenes)[0], fd=exam.distance(latents), spread=spread(exam, latents),
-                diversity=diversity(exam.draw(make, texts)[1], each))
+    return dict(right=tiny_world.right(pictures, exam.scenes)[0], fd=exam.distance(latents),
+                spread=spread(exam, latents), diversity=diversity(exam.draw(make, texts)[1], each))
 
 
 def once(file, make):
@@ -120,7 +120,7 @@ def chart(points, file):
         for point in several if len(several) > 1 else ():
             dot(place(*point), 2, fill=color)
         dot(means[name], 4, outline=color, fill='white', width=2 * scale)
-        side = -1 if name.startswith(('alpha', 'long')) else 1      # where there is room
+        side = -1 if name in ('alpha 0.5', 'alpha 1.2', 'Zero-CFG', 'Anti-CFG', 'teacher 1') else 1     # has room
         pen.text((means[name][0] + 7 * scale * side, means[name][1]), name, color, font, anchor='lm' if side > 0 else 'rm')
     sid_lsg.save_png(sheet, file)
 
