@@ -218,7 +218,7 @@ def write_rest():
     prompts = list(dict.fromkeys(tiny_world.caption(s) for s in training_scenes(6000, seed=4)))
     (TINY / 'prompts.txt').write_text('\n'.join(prompts) + '\n')
     (TINY / 'held_out.txt').write_text('\n'.join(tiny_world.caption(s) for s in split()[0]) + '\n')
-    # Not the paper's: made for seven minutes of two slow cores. This teacher is sure of its captions, so that little
+    # Not the paper's: made for eight minutes of two slow cores. This teacher is sure of its captions, so that little
     # guidance is enough; more makes latents larger than the world's, by 5 % at the paper's 1.5 (tests/findings.py).
     (TINY / 'sid_lsg.json').write_text(json.dumps(
         {'kappa': 1.2, 'kimg': 10.0, 'batch': 16, 'lr': 2e-4, 'fake_lr': 6e-4, 'lr_end': 0.05, 'ema_kimg': 1.0,
