@@ -363,9 +363,9 @@ def predicted_peak(folder, precision='fp32', ema_device='', checkpoint=False, ba
         if checkpoint:
             for net in (teacher, G, fake):
                 sid_lsg.recompute_in_backward(net)
+        state = storages.live
         z, context, null = (torch.empty(n, *y.shape[1:]) for n, y in ((batch, x), (batch, context), (1, context)))
         eps, t = torch.empty_like(z), torch.empty(batch, dtype=torch.int64)
-        state = storages.live
         for half in 'psi', 'psi', 'theta', 'theta':     # of the second micro-batch gradients of the first are there
             with sid_lsg.autocast(precision, cpu), torch.set_grad_enabled(half == 'theta'):
                 x_g = sid_lsg.generate(G, z, context)
