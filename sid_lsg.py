@@ -1046,8 +1046,8 @@ def place(net, device):
 
     Then each layer's weights are widened for its own call: half the memory at fp32's speed, where
     emulated bf16 takes two to three times as long."""
-    net.to(device, memory_format=torch.channels_last).requires_grad_(False)
-    name = str(next(net.parameters()).dtype).replace('torch.bfloat', 'bf').replace('torch.float', 'fp')
+    net.to(device).requires_grad_(False)
+    name = next(name for name, dtype in DTYPES.items() if dtype == next(net.parameters()).dtype)
     # A CPU that can has, say, avx512_bf16, bf16 or fp16_arith. Older torch has no such function.
     abilities = getattr(torch.cpu, 'get_capabilities', dict)()
     if (device.type != 'cpu' or name == 'fp32'
@@ -1168,8 +1168,7 @@ def open_run(config):
                 torch.cuda.set_device(device)
             dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo')
         first = not dist.is_initialized() or dist.get_rank() == 0
-        teacher = unet.load(config.teacher).to(device, memory_format=torch.channels_last)
-        teacher.requires_grad_(False)
+        teacher = place(unet.load(config.teacher), device)
         vae, encode, tokenizer = load_parts(config.teacher, device, config.tokenizer)
         shape = latent_shape(config.size, teacher, vae)
         prompts = read_prompts(config.prompts or Path(config.teacher) / 'prompts.txt', tokenizer)
@@ -1310,7 +1309,7 @@ def main(arguments=None):
             name, help=does, description=does, argument_default=argparse.SUPPRESS)
         group = command
         for f in fields(kind):
-            text, several, option = f.metadata['help'], f.type is tuple, '--' + f.name.replace('_', '-')
+            text, several, flag = f.metadata['help'], f.type is tuple, '--' + f.name.replace('_', '-')
             if 'group' in f.metadata:
                 group = command.add_argument_group(f.metadata['group'])
             if f.name == 'texts':
@@ -1318,15 +1317,15 @@ def main(arguments=None):
             elif f.name in ('source', 'target'):
                 group.add_argument(f.name, metavar=dict(source='IN', target='OUT')[f.name], help=text)
             elif f.type is bool:
-                group.add_argument(option, action='store_true', help=text)
+                group.add_argument(flag, action='store_true', help=text)
             else:
-                if '(default' not in text and f.default != '':
-                    text += f' (default: {f.default[0] if several else f.default})'.replace('.0)', ')')
-                metavar = dict(int='N', str='NAME').get(f.type.__name__, 'X')
-                metavar = None if 'choices' in f.metadata else f.metadata.get('metavar', metavar)
+                default, choices = f.default[0] if several else f.default, f.metadata.get('choices')
+                if '(default' not in text and default != '':
+                    text += f' (default: {default if choices else format(default, "g")})'
+                metavar = f.metadata.get('metavar', {int: 'N', str: 'NAME'}.get(f.type, 'X'))
                 group.add_argument(
-                    option, type=float if several else f.type, help=text, nargs='+' if several else None,
-                    choices=f.metadata.get('choices'), metavar=metavar)
+                    flag, type=float if several else f.type, nargs='+' if several else None, help=text,
+                    choices=choices, metavar=None if choices else metavar)
     given = vars(parser.parse_args(arguments))
     run, kind = dict(train=(train, TrainConfig), sample=(sample, SampleConfig),
                      convert=(convert, ConvertConfig))[given.pop('command')]

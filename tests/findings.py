@@ -1,6 +1,6 @@
 """The paper's findings on guidance and alpha, looked for in the tiny world.
 
-    python tests/findings.py [--out findings] [--seeds 0 1] [--kimg 4]
+    python tests/findings.py [--out findings] [--seeds 0 1] [--kimg 3]
 
 Distils the tiny teacher once for every strategy and seed and scores each generator on held-out captions, as
 tests/score_tiny.py does: the share of pictures right in every attribute, the Fréchet distance of VAE latents
@@ -12,7 +12,6 @@ again, so that a run cut off goes on, and several processes may each be given ot
 
 import argparse
 import json
-import time
 from itertools import combinations
 from pathlib import Path
 
@@ -39,9 +38,15 @@ STRATEGIES = {
     'alpha 0.5': (1.5, 1.5, 1.5, 0.5),
     'alpha 1.2': (1.5, 1.5, 1.5, 1.2)}
 NUMBERS = ('right', 'fd', 'spread', 'diversity')
+EACH = 8        # pictures of one caption, for diversity
 
 
-def diversity(pictures, each):
+def repeated(exam):
+    """The captions that diversity is measured on, EACH times each."""
+    return [text for text in exam.captions[:40] for _ in range(EACH)]
+
+
+def diversity(pictures, each=EACH):
     """Mean root mean square distance, in grey levels, between pictures of one caption; `each` a caption."""
     groups = pictures.astype(np.float32).reshape(-1, each, pictures[0].size)
     return float(np.mean([np.sqrt(np.square(group[i] - group[j]).mean())
@@ -53,12 +58,11 @@ def spread(exam, latents):
     return float((latents.var(0).sum() / exam.real.var(0).sum()).sqrt())
 
 
-def score(exam, make, captions=40, each=8):
-    """The NUMBERS of what make(z, context) draws; diversity from `each` pictures of some captions."""
+def score(exam, make):
+    """The NUMBERS of what make(z, context) draws."""
     latents, pictures = exam.draw(make)
-    texts = [text for text in exam.captions[:captions] for _ in range(each)]
     return dict(right=tiny_world.right(pictures, exam.scenes)[0], fd=exam.distance(latents),
-                spread=spread(exam, latents), diversity=diversity(exam.draw(make, texts)[1], each))
+                spread=spread(exam, latents), diversity=diversity(exam.draw(make, repeated(exam))[1]))
 
 
 def once(file, make):
@@ -72,7 +76,6 @@ def once(file, make):
 
 def distil(exam, folder, teacher, kimg, strategy, seed):
     """Train a generator in `folder` and score it; about four minutes on a CPU core."""
-    began = time.time()
     *kappa, alpha = STRATEGIES[strategy]
     if not (folder / 'generator').is_dir():
         sid_lsg.remove(folder)          # of a run cut off
@@ -80,7 +83,7 @@ def distil(exam, folder, teacher, kimg, strategy, seed):
             teacher=str(teacher), out=str(folder), kappa=tuple(kappa), alpha=alpha, seed=seed, kimg=kimg,
             grid_kimg=kimg, progress_samples=0)))
     G = unet.load(folder / 'generator').to(exam.device)
-    return dict(score(exam, lambda z, c: sid_lsg.generate(G, z, c)), seconds=time.time() - began)
+    return score(exam, lambda z, c: sid_lsg.generate(G, z, c))
 
 
 def chart(points, file):
@@ -129,7 +132,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out', type=Path, default=Path('findings'), help='folder for runs, scores and chart')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1], help='default: %(default)s')
-    parser.add_argument('--kimg', type=float, default=4.0,
+    parser.add_argument('--kimg', type=float, default=3.0,
                         help='length of every run in thousand images, default: %(default)s')
     parser.add_argument('--captions', type=int, default=1000,
                         help='held-out captions to score on; the Fréchet distance depends on it, default: %(default)s')
@@ -139,6 +142,9 @@ def main(arguments=None):
     parser.add_argument('--only', nargs='+', default=list(STRATEGIES), choices=list(STRATEGIES), metavar='STRATEGY',
                         help='such as "LSG 1.5"; default: all')
     args = parser.parse_args(arguments)
+    settings = dict(kimg=args.kimg, captions=args.captions, teacher=str(args.teacher.resolve()))
+    if once(args.out / 'settings.json', lambda: settings) != settings:
+        parser.error(f'{args.out} has findings of other settings (settings.json there); give another --out')
     exam = score_tiny.Exam(args.teacher, args.captions)
     teacher, null = unet.load(args.teacher).to(exam.device), exam.encode([''])
 
@@ -152,12 +158,10 @@ def main(arguments=None):
         rows[f'teacher {kappa:g}'] = [once(args.out / f'teacher-{kappa:g}.json', lambda: score(
             exam, lambda z, c: sid_lsg.ddim(teacher, z, c, null, kappa, 25)))]
 
-    each = 8
-    texts = [text for text in exam.captions[:40] for _ in range(each)]
-    drawn = tiny_world.pictures([tiny_world.scene_of(text) for text in texts], seed=7)
+    drawn = tiny_world.pictures([tiny_world.scene_of(text) for text in repeated(exam)], seed=7)
     again = exam.drawn(seed=6)
     rows['drawn pictures'] = [dict(right=1.0, fd=exam.distance(again), spread=spread(exam, again),
-                                   diversity=diversity(drawn, each))]
+                                   diversity=diversity(drawn))]
     print(f'{args.kimg:g} thousand images a run, seeds {args.seeds}, {len(exam.captions)} captions; mean +- half the '
           f'range of the seeds\n\n| | kappa1, 2 = 3, 4 | alpha | right | FD | spread | diversity |\n|---|---|---|---|---|---|---|')
     for name, several in rows.items():

@@ -66,7 +66,7 @@ class Exam:
         return fid.frechet_distance(*moments(latents), *moments(self.real))
 
 
-def main():
+def main(arguments=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('runs', nargs='*', metavar='RUN', help='run folders that sid_lsg.py train made')
@@ -78,7 +78,7 @@ def main():
     parser.add_argument('--steps', type=int, default=25,
                         help='the teacher\'s DDIM steps, default: %(default)s')
     parser.add_argument('--picture', help='PNG to write: the first 8 captions by teacher and runs, side by side')
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
 
     exam = Exam(args.teacher, args.captions)
     teacher, null = unet.load(args.teacher).to(exam.device), exam.encode([''])

@@ -11,7 +11,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import bench
 import fid
+import findings
+import score_tiny
 import sid_lsg
 from conftest import ROOT
 from test_checkpoints import nets, no_cache, official_pickle, weights, whole_folder     # noqa: F401, fixtures among them
@@ -20,7 +23,8 @@ from test_fid import TEXT, VISION, WORDS, inception_weights, random_state
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
 COMMANDS = [line.strip() for line in README.splitlines() if line.startswith('    .venv/bin/')]
 SHORT = '--kimg 0.016 --grid-kimg 0.016 --batch 8 --size 64 --device cpu --micro-batch'
-MODULES = {'sid_lsg.py': sid_lsg, 'fid.py': fid}
+MODULES = {'sid_lsg.py': sid_lsg, 'fid.py': fid, 'tests/score_tiny.py': score_tiny, 'tests/findings.py': findings,
+           'tests/bench.py': bench}
 
 # What a command names or asks for, and its tiny form, applied in this order.
 TINY = {
@@ -32,18 +36,22 @@ TINY = {
     'fid.py coco': 'fid.py --weights inception.safetensors coco',
     '--nproc_per_node=8': '--nproc_per_node=2', '--nnodes=4': '--nnodes=1', 'HOST:29500': 'localhost:0',
     'torchrun --nproc': 'torchrun --rdzv_backend=c10d --rdzv_endpoint=localhost:0 --nproc',
-    '--teacher-steps 25': '--teacher-steps 2'}
+    '--teacher-steps 25': '--teacher-steps 2',
+    'score_tiny.py runs/000': 'score_tiny.py tiny --captions 16 --kappa 2 --steps 2',
+    'findings.py': 'findings.py --kimg 0.016 --captions 40 --kappa --seeds 0 --only Zero-CFG',
+    'bench.py': 'bench.py unet --small --repeat 1 --work bench'}
 
 
 @pytest.fixture(scope='module')
 def place(nets, whole_folder, tmp_path_factory):
-    """A folder in which all that the README names is there, in tiny form; a run of its first command, too."""
+    """A folder in which all that the README names is there, in tiny form; runs of its first command, too."""
     place = tmp_path_factory.mktemp('readme')
     (place / 'teacher').symlink_to(whole_folder)
     (place / 'captions.txt').write_text('a red star\na blue ring\nan orange cross\na green circle\n')
     short = SHORT.replace('0.016', '0.008')
     sid_lsg.main(['train', '--teacher', str(place / 'teacher'), '--prompts', str(place / 'captions.txt'), '--out',
                   str(place / 'runs' / '000'), *short.split(), '4'])
+    sid_lsg.main(['train', '--out', str(place / 'tiny'), '--progress-samples', '0', *short.split(), '4'])
     (place / 'val2014').mkdir()
     for i in range(3):
         pixels = np.random.default_rng(i).integers(0, 256, (300, 280, 3), np.uint8)
@@ -68,10 +76,8 @@ def test_a_command_of_the_readme_runs(line, place, monkeypatch, capsys):
     if program.endswith('torchrun'):
         words[words.index('sid_lsg.py')] = str(ROOT / 'sid_lsg.py')
         subprocess.run([sys.executable, '-m', 'torch.distributed.run', *words], check=True, timeout=120)
-    elif words[0] in MODULES:
+    else:
         MODULES[words[0]].main(words[1:])
-    else:                                       # a script of tests/, which test_cli.py runs
-        assert (ROOT / words[0]).is_file()
 
 
 def test_the_first_two_commands_install_what_they_run():

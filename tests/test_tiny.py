@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -88,3 +89,6 @@ def test_findings_are_found_once(tmp_path, capsys):
     findings.main(arguments)                    # from what is there
     said = capsys.readouterr().out
     assert 'Distilling' not in said and table == [line for line in said.splitlines() if line.startswith('| ')]
+    with pytest.raises(SystemExit, match='2'):  # numbers of other settings are not mixed with these
+        findings.main([*arguments, '--kimg', '0.032'])
+    assert 'give another --out' in capsys.readouterr().err
