@@ -1034,7 +1034,8 @@ def test_train_convert_sample(run, weights, tmp_path):
     single = tmp_path / 'out.safetensors'
     for name, how in {'b': ['--generator', single, '--teacher', single, '--tokenizer', TOKENIZER, '--size', 64],
                       'c': ['--generator', tmp_path / 'out', '--teacher', tmp_path / 'out', '--size', 64]}.items():
-        assert expected.shape == (64, 64, 3) and np.array_equal(drawn(tmp_path, name, *how), expected)
+        # Weights mapped from another file lie at other addresses, where a CPU may add in another order.
+        assert expected.shape == (64, 64, 3) and abs(drawn(tmp_path, name, *how) - expected).max() <= 1
 
 
 def test_another_teachers_parts_may_go_with_a_run(run, whole_folder, weights, tmp_path):
