@@ -1046,7 +1046,7 @@ def place(net, device):
 
     Then each layer's weights are widened for its own call: half the memory at fp32's speed, where
     emulated bf16 takes two to three times as long."""
-    net.to(device).requires_grad_(False)
+    net.to(device, memory_format=torch.channels_last).requires_grad_(False)
     name = next(name for name, dtype in DTYPES.items() if dtype == next(net.parameters()).dtype)
     # A CPU that can has, say, avx512_bf16, bf16 or fp16_arith. Older torch has no such function.
     abilities = getattr(torch.cpu, 'get_capabilities', dict)()

@@ -473,9 +473,8 @@ def check_kind(tensors, file, config):
 def fill(net, tensors, names, file, dtype, scope=''):
     """`net`, built on the meta device, with its weights: each the first of names(key) that there is.
 
-    Strict: within `scope` every tensor must be used. Convolutions come in channels_last, in which they run
-    fastest; what is so already is not copied. ValueError names a tensor that is missing, left over, of
-    another shape, or not finite."""
+    Strict: within `scope` every tensor must be used. No copy of what has that dtype. ValueError names a
+    tensor that is missing, left over, of another shape, or not finite."""
     weights, used = {}, set()
     for key, empty in net.state_dict().items():
         name = next((name for name in names(key) if name in tensors), None)
@@ -488,9 +487,7 @@ def fill(net, tensors, names, file, dtype, scope=''):
         if w.shape != empty.shape:
             raise ValueError(f'{file} has the tensor {name} with shape {tuple(w.shape)}, '
                              f'expected {tuple(empty.shape)}')
-        # One pass over the memory, for dtype and layout both.
-        layout = torch.channels_last if w.ndim == 4 else torch.preserve_format
-        weights[key] = w = w.detach().to(dtype, memory_format=layout)
+        weights[key] = w = w.detach().to(dtype)
         # NaN is both the least and the most; ten times faster than isfinite() of half precision.
         if not all(math.isfinite(end) for end in torch.aminmax(w)):
             raise ValueError(f'{file} has NaN or infinite numbers in the tensor {name}; '

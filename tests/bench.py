@@ -408,7 +408,7 @@ def unet_row(table, args):
     for precision in ('fp32', 'bf16'):
         for compiled in (False, True) if args.compile else (False,):
             dtype = DTYPES[precision]
-            ours = unet.load(args.folder, dtype).to(device)
+            ours = unet.load(args.folder, dtype).to(device, memory_format=torch.channels_last)
             theirs = UNet2DConditionModel.from_pretrained(
                 args.folder, subfolder='unet', dtype=dtype).to(device)
             for net in (ours, theirs) if compiled else ():
