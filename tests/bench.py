@@ -114,7 +114,7 @@ class Table:
         """FLOP/s of a large square matrix product: of side 8192, or the first to take a tenth of a second."""
         if precision not in self.ceilings:
             n, took = 128, 0.0
-            while n < 8192 and took < 0.1:      # half precision that is emulated may be a thousand times slower
+            while n < 8192 and took < 0.1:      # emulated half precision is slow
                 n *= 2
                 a, b = (torch.randn(n, n, device=self.device).to(DTYPES[precision]) for _ in range(2))
                 took = beside([lambda: a @ b], self.device, 1)[0]
