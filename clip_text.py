@@ -187,7 +187,7 @@ def save_tokenizer(tokenizer, folder):
 
 
 def load(path, dtype=torch.float32):
-    """The text encoder in `path`, in that dtype and eval mode.
+    """The text encoder in `path`, in that dtype (None: the file's) and eval mode.
 
     path: a folder in diffusers layout (with a text_encoder/ inside, or that folder itself) whose
     config.json sizes the net; an original .safetensors or .ckpt, sized by its tensors' shapes; or a repo

@@ -1041,40 +1041,52 @@ def choose_device(name):
     return device
 
 
-def place(net, device):
-    """A frozen net on the device, in half precision computing in fp32 if the CPU could only emulate it.
-
-    Then each layer's weights are widened for its own call: half the memory at fp32's speed, where
-    emulated bf16 takes two to three times as long."""
-    net.to(device, memory_format=torch.channels_last).requires_grad_(False)
-    name = next(name for name, dtype in DTYPES.items() if dtype == next(net.parameters()).dtype)
+def arithmetic(dtype, device):
+    """That dtype, or fp32 where the device is a CPU that could only emulate it, two to three times slower."""
+    name = next(name for name, known in DTYPES.items() if known == dtype)
     # A CPU that can has, say, avx512_bf16, bf16 or fp16_arith. Older torch has no such function.
     abilities = getattr(torch.cpu, 'get_capabilities', dict)()
-    if (device.type != 'cpu' or name == 'fp32'
-            or any(has and name in what for what, has in abilities.items())):
-        return net
-    narrow = {layer: [(w, w.data) for w in layer.parameters(recurse=False)] for layer in net.modules()}
+    able = device.type != 'cpu' or any(has and name in what for what, has in abilities.items())
+    return dtype if able else torch.float32
 
-    def widen(layer, inputs):
-        for w, data in narrow[layer]:
-            w.data = data.float()
-        return tuple(x.float() if x.is_floating_point() else x for x in inputs)
 
-    def restore(layer, inputs, output):
-        for w, data in narrow[layer]:
-            w.data = data
-    for layer in (layer for layer, weights in narrow.items() if weights):
-        layer.register_forward_pre_hook(widen)
+def place(net, device, dtype=torch.float32):
+    """A frozen net on the device, to draw with in that dtype.
+
+    On a CPU, weights that have another dtype stay as they are, mapped from their file, and each big
+    layer's are converted for its own call, into memory that all share: SD 1.5 from an fp16 file draws
+    in fp32 with 3.4 GB less, and starts sooner, since conversion is cheap and fresh memory is not."""
+    net.requires_grad_(False)
+    kept = {layer: layer.weight.data for layer in net.modules() if device.type == 'cpu'
+            and isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))
+            and layer.weight.dtype != dtype and layer.weight.numel() > 2 ** 16}
+    for layer in kept:
+        layer.weight.data = torch.empty(0)
+    net.to(device, dtype, memory_format=torch.channels_last)
+    memory = torch.empty(max((w.numel() for w in kept.values()), default=0), dtype=dtype)
+
+    def convert(layer, inputs):
+        w = kept[layer]
+        # Channels last: (C_out, H, W, C_in) in memory.
+        place = memory[:w.numel()].view(w.movedim(1, -1).shape).movedim(-1, 1)
+        layer.weight.data = place.copy_(w)
+
+    def restore(layer, *_):
+        layer.weight.data = kept[layer]
+    for layer in kept:
+        restore(layer)
+        layer.register_forward_pre_hook(convert)
         layer.register_forward_hook(restore)
     return net
 
 
-def load_parts(path, device, tokenizer='', dtype=torch.float32):
+def load_parts(path, device, tokenizer='', dtype=torch.float32, stored=torch.float32):
     """The VAE and `encode` of a checkpoint: encode(list of B str) -> context (B, 77, D) on the device.
 
-    Its tokenizer is third; `tokenizer` may name another one's folder."""
+    Its tokenizer is third; `tokenizer` may name another one's folder. They compute in dtype; `stored` is
+    what they are loaded in, None for the file's own."""
     tokenizer = clip_text.load_tokenizer(tokenizer or path)
-    vae, text = (place(part.load(path, dtype), device) for part in (vae_module, clip_text))
+    vae, text = (place(part.load(path, stored), device, dtype) for part in (vae_module, clip_text))
 
     @torch.no_grad()
     def encode(texts):
@@ -1241,9 +1253,10 @@ def open_sample(config):
         world = int(os.environ.get('WORLD_SIZE', 1))        # torchrun sets it
         check(config.out or world == 1, 'expected --out with torchrun, for all processes to write to')
         device = choose_device(config.device)
-        dtype = DTYPES[config.precision]
-        net = place(unet.load(folder, dtype), device)
-        vae, encode, tokenizer = load_parts(config.teacher, device, config.tokenizer, dtype)
+        dtype = arithmetic(DTYPES[config.precision], device)
+        stored = None if device.type == 'cpu' and not config.compile else dtype
+        net = place(unet.load(folder, stored), device, dtype)
+        vae, encode, tokenizer = load_parts(config.teacher, device, config.tokenizer, dtype, stored)
         shape = latent_shape(config.size, net, vae)
         warn_of_cuts(config.texts, tokenizer)
         texts = [*config.texts, *(read_prompts(config.prompts, tokenizer) if config.prompts else [])]

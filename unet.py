@@ -473,8 +473,8 @@ def check_kind(tensors, file, config):
 def fill(net, tensors, names, file, dtype, scope=''):
     """`net`, built on the meta device, with its weights: each the first of names(key) that there is.
 
-    Strict: within `scope` every tensor must be used. No copy of what has that dtype. ValueError names a
-    tensor that is missing, left over, of another shape, or not finite."""
+    Strict: within `scope` every tensor must be used. No copy of what has that dtype; None keeps the
+    file's. ValueError names a tensor that is missing, left over, of another shape, or not finite."""
     weights, used = {}, set()
     for key, empty in net.state_dict().items():
         name = next((name for name in names(key) if name in tensors), None)
@@ -487,7 +487,7 @@ def fill(net, tensors, names, file, dtype, scope=''):
         if w.shape != empty.shape:
             raise ValueError(f'{file} has the tensor {name} with shape {tuple(w.shape)}, '
                              f'expected {tuple(empty.shape)}')
-        weights[key] = w = w.detach().to(dtype)
+        weights[key] = w = w.detach().to(dtype or w.dtype)
         # NaN is both the least and the most; ten times faster than isfinite() of half precision.
         if not all(math.isfinite(end) for end in torch.aminmax(w)):
             raise ValueError(f'{file} has NaN or infinite numbers in the tensor {name}; '
@@ -555,7 +555,7 @@ def from_config(config, tensors, file, dtype=torch.float32):
 
 
 def load(path, dtype=torch.float32):
-    """The UNet in `path`, in that dtype and eval mode.
+    """The UNet in `path`, in that dtype (None: the file's) and eval mode.
 
     path: a folder in diffusers layout (with a unet/ inside, or that folder itself) whose config.json
     sizes the net; an original .safetensors or .ckpt, sized by its tensors' shapes; or a repo id in the

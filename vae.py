@@ -211,7 +211,7 @@ def original_name(key, levels=4):
 
 
 def load(path, dtype=torch.float32):
-    """The VAE in `path`, in that dtype and eval mode.
+    """The VAE in `path`, in that dtype (None: the file's) and eval mode.
 
     path: a folder in diffusers layout (with a vae/ inside, or that folder itself) whose config.json sizes
     the net; an original .safetensors or .ckpt with a whole model or a VAE alone; or a repo id in the

@@ -150,8 +150,10 @@ def make_folder(work, small):
 
 def generator(folder, dtype, device):
     """The nets, and how sample() draws: a function of prompts and side in pixels to uint8 pictures."""
-    net = sid_lsg.place(unet.load(folder, dtype), device)
-    vae, encode, _ = sid_lsg.load_parts(folder, device, dtype=dtype)
+    dtype = sid_lsg.arithmetic(dtype, device)
+    stored = dtype if device.type == 'cuda' else None          # as open_sample() has it
+    net = sid_lsg.place(unet.load(folder, stored), device, dtype)
+    vae, encode, _ = sid_lsg.load_parts(folder, device, dtype=dtype, stored=stored)
 
     @torch.no_grad()
     def draw(prompts, side):
