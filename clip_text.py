@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer as Engine, models, normalizers, pre_tokenizers
 from torch import nn
 
@@ -214,8 +213,7 @@ def load(path, dtype=torch.float32):
 
 def save(encoder, folder, dtype=torch.float32):
     """Write config.json and safetensors, for load() here and transformers' CLIPTextModel to open."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    import unet
     model = encoder.text_model
     vocab, width = model.embeddings.token_embedding.weight.shape
     config = {
@@ -226,8 +224,4 @@ def save(encoder, folder, dtype=torch.float32):
         'max_position_embeddings': LENGTH, 'hidden_act': 'quick_gelu', 'layer_norm_eps': 1e-5,
         'projection_dim': width, 'bos_token_id': vocab - 2, 'eos_token_id': vocab - 1,
         'pad_token_id': vocab - 1}
-    weights = {key: w.detach().to('cpu', dtype).contiguous() for key, w in encoder.state_dict().items()}
-    save_file(weights, folder / 'model.safetensors.tmp', metadata={'format': 'pt'})
-    (folder / 'config.json.tmp').write_text(json.dumps(config, indent=2) + '\n')
-    for name in ('model.safetensors', 'config.json'):      # a name appears only once its file is whole
-        (folder / f'{name}.tmp').replace(folder / name)
+    unet.write_part('text_encoder', encoder, config, folder, dtype)

@@ -511,6 +511,17 @@ def sized(make, file):
                          f'({type(error).__name__}: {error})') from None
 
 
+def write_part(part, net, config, folder, dtype):
+    """config.json and the weights of 'unet', 'vae' or 'text_encoder', each named only once it is whole."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {key: w.detach().to('cpu', dtype).contiguous() for key, w in net.state_dict().items()}
+    save_file(weights, folder / 'weights.tmp', metadata={'format': 'pt'})
+    (folder / 'config.tmp').write_text(json.dumps(config, indent=2) + '\n')
+    (folder / 'weights.tmp').replace(folder / f'{STEM[part]}.safetensors')
+    (folder / 'config.tmp').replace(folder / 'config.json')
+
+
 # ---------------------------------------------------------------------------------------------------
 # The UNet's own files
 
@@ -585,8 +596,6 @@ def load(path, dtype=torch.float32):
 
 def save(net, folder, dtype=torch.float32):
     """Write config.json and safetensors, for load() here and diffusers' UNet2DConditionModel to open."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     attention = [bool(block.attentions) for block in net.down_blocks]
     cross = net.mid_block.attentions[0].transformer_blocks[0].attn2
     config = {
@@ -599,9 +608,4 @@ def save(net, folder, dtype=torch.float32):
         'up_block_types': ['CrossAttnUpBlock2D' if a else 'UpBlock2D' for a in reversed(attention)],
         'sample_size': net.sample_size, 'flip_sin_to_cos': True, 'freq_shift': 0, 'norm_eps': 1e-5,
         'downsample_padding': 1, 'mid_block_scale_factor': 1, 'center_input_sample': False}
-    weights = {key: w.detach().to('cpu', dtype).contiguous() for key, w in net.state_dict().items()}
-    save_file(weights, folder / 'diffusion_pytorch_model.safetensors.tmp', metadata={'format': 'pt'})
-    (folder / 'config.json.tmp').write_text(json.dumps(config, indent=2) + '\n')
-    # A name appears only once its file is whole.
-    for name in ('diffusion_pytorch_model.safetensors', 'config.json'):
-        (folder / f'{name}.tmp').replace(folder / name)
+    write_part('unet', net, config, folder, dtype)

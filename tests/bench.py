@@ -150,6 +150,7 @@ def make_folder(work, small):
 
 def generator(folder, dtype, device):
     """The nets, and how sample() draws: a function of prompts and side in pixels to uint8 pictures."""
+    device = sid_lsg.choose_device(str(device))
     dtype = sid_lsg.arithmetic(dtype, device)
     stored = dtype if device.type == 'cuda' else None          # as open_sample() has it
     net = sid_lsg.place(unet.load(folder, stored), device, dtype)

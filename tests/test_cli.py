@@ -239,7 +239,7 @@ def test_big_weights_stay_as_their_file_has_them_and_compute_as_if_converted():
         net = sid_lsg.place(unet.load(tiny, None), torch.device('cpu'), dtype)
         kept = {(type(layer).__name__, layer.weight.numel() > 2 ** 16) for layer in net.modules()
                 if getattr(layer, 'weight', None) is not None and layer.weight.dtype == torch.float16}
-        assert kept == {('Conv2d', True), ('Linear', True)}
+        assert kept == ({('Conv2d', True), ('Linear', True)} if dtype == torch.float32 else set())
         with torch.no_grad():
             for _ in range(2):
                 assert torch.equal(net(x, torch.tensor(500), context), exact(x, torch.tensor(500), context))
