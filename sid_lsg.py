@@ -1073,9 +1073,8 @@ def place(net, device, dtype=torch.float32):
 
     def convert(layer, inputs):
         w = kept[layer]
-        # Channels last: (C_out, H, W, C_in) in memory.
-        place = memory[:w.numel()].view(w.movedim(1, -1).shape).movedim(-1, 1)
-        layer.weight.data = place.copy_(w)
+        wide = memory[:w.numel()].view(w.movedim(1, -1).shape).movedim(-1, 1)      # channels last
+        layer.weight.data = wide.copy_(w)
 
     def restore(layer, *_):
         layer.weight.data = kept[layer]

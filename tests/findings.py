@@ -81,7 +81,7 @@ def distil(exam, folder, teacher, kimg, strategy, seed):
         sid_lsg.remove(folder)          # of a run cut off
         sid_lsg.train(sid_lsg.make_config(sid_lsg.TrainConfig, dict(
             teacher=str(teacher), out=str(folder), kappa=tuple(kappa), alpha=alpha, seed=seed, kimg=kimg,
-            grid_kimg=kimg, progress_samples=0)))
+            t_init=625, grid_kimg=kimg, progress_samples=0)))       # the paper's step, not the folder's own
     G = unet.load(folder / 'generator').to(exam.device)
     return score(exam, lambda z, c: sid_lsg.generate(G, z, c))
 

@@ -104,9 +104,9 @@ def main(arguments=None):
     began = time.time()
     report('teacher, 1 step', *exam.draw(lambda z, c: sid_lsg.generate(teacher, z, c)), began)
     for run in args.runs:
-        folder = Path(run) / 'generator'
+        folder, facts = sid_lsg.generator_in(run)
         G, began = unet.load(folder).to(exam.device), time.time()
-        report(f'{run}, 1 step', *exam.draw(lambda z, c: sid_lsg.generate(G, z, c)), began)
+        report(f'{run}, 1 step', *exam.draw(lambda z, c: sid_lsg.generate(G, z, c, facts['t_init'])), began)
     for kappa in args.kappa:
         began = time.time()
         report(f'teacher, {args.steps} steps, kappa {kappa:g}',
