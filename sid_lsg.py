@@ -164,7 +164,8 @@ class SampleConfig:
 
     device: str = DEVICE
     batch: int = option(8, 'pictures at a time')
-    precision: str = option('fp32', 'of weights and arithmetic', choices=[*DTYPES])
+    precision: str = option('fp32', 'of the arithmetic; fp32 on a CPU that could only emulate it',
+                            choices=[*DTYPES])
     compile: bool = COMPILE
 
 
@@ -1043,7 +1044,8 @@ def choose_device(name):
     if device.type == 'cpu' and mallopt:
         # M_MMAP_MAX 0, M_TRIM_THRESHOLD at its most: memory that big tensors free is kept for the next ones.
         # From the system it would come in pages of zeros, a tenth of the VAE's time at 512 px.
-        mallopt(-4, 0), mallopt(-1, 2 ** 31 - 1)
+        mallopt(-4, 0)
+        mallopt(-1, 2 ** 31 - 1)
     return device
 
 
