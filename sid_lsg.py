@@ -1042,8 +1042,8 @@ def choose_device(name):
     torch.backends.cudnn.allow_tf32 = False
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)       # glibc's
     if device.type == 'cpu' and mallopt:
-        # M_MMAP_MAX 0, M_TRIM_THRESHOLD at its most: memory that big tensors free is kept for the next ones.
-        # From the system it would come in pages of zeros, a tenth of the VAE's time at 512 px.
+        # M_MMAP_MAX 0, M_TRIM_THRESHOLD at its most (malloc.h): memory that big tensors free is kept for
+        # the next ones. From the system it would come as new pages, a tenth of the VAE's time at 512 px.
         mallopt(-4, 0)
         mallopt(-1, 2 ** 31 - 1)
     return device
