@@ -218,14 +218,13 @@ def predict_x0(eps_hat, x_t, t):
 def guided(net, x_t, t, context, null, kappa):
     """Noise eps(null) + kappa (eps(c) - eps(null)) at x_t (B, 4, H, W), float32.
 
-    context (B, 77, D), null (1, 77, D). One call on the doubled batch [null, c]; kappa 1 is the
-    conditional half alone, kappa 0 the unconditional one, each at half the cost. Where a prompt was
-    dropped, c is null and guidance changes nothing."""
+    context (B, 77, D), null (1, 77, D). One call for both texts, [null, c]; kappa 1 is c's half alone,
+    kappa 0 null's, each at half the cost. Where a prompt was dropped, c is null and guidance changes
+    nothing."""
     null = null.expand_as(context)
     if kappa == 1 or kappa == 0:
         return net(x_t, t, context if kappa == 1 else null).float()
-    both = net(torch.cat([x_t, x_t]), t.expand(len(x_t)).repeat(2), torch.cat([null, context]))
-    eps_null, eps_c = both.float().chunk(2)
+    eps_null, eps_c = net(x_t, t, torch.cat([null, context])).float().chunk(2)
     return eps_null + kappa * (eps_c - eps_null)
 
 

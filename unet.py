@@ -38,6 +38,11 @@ def timestep_embedding(t, width):
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
+def for_each_text(x, context):
+    """x (B, ...) as often, one copy after the other, as there are texts for it in context (B or 2 B, ...)."""
+    return x if len(x) == len(context) else torch.cat([x] * (len(context) // len(x)))
+
+
 class TimestepEmbedding(nn.Module):
     def __init__(self, c_in, c_out):
         super().__init__()
@@ -63,7 +68,8 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x, temb):
         h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.time_emb_proj(F.silu(temb))[:, :, None, None]  # its own SiLU, before the projection
+        temb = self.time_emb_proj(F.silu(temb))                     # its own SiLU, before the projection
+        h = h + for_each_text(temb, h)[:, :, None, None]
         h = self.conv2(F.silu(self.norm2(h)))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
@@ -123,7 +129,7 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(width)
 
     def forward(self, x, context):
-        x = x + self.attn1(self.norm1(x))
+        x = for_each_text(x + self.attn1(self.norm1(x)), context)
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
@@ -143,8 +149,8 @@ class SpatialTransformer(nn.Module):
         h = self.proj_in(self.norm(x))                              # (B, C, H, W)
         h = h.flatten(2).transpose(1, 2)                            # (B, N, C)
         h = self.transformer_blocks[0](h, context)
-        h = h.transpose(1, 2).reshape(x.shape)                      # (B, C, H, W)
-        return x + self.proj_out(h)
+        h = self.proj_out(h.transpose(1, 2).unflatten(2, x.shape[2:]))      # (B, C, H, W)
+        return for_each_text(x, h) + h
 
 
 class Downsample(nn.Module):
@@ -216,7 +222,8 @@ class UpBlock(nn.Module):
 
     def forward(self, x, skips, temb, context):
         for i, resnet in enumerate(self.resnets):
-            x = resnet(torch.cat([x, skips.pop()], dim=1), temb)    # x, then skip: openaimodel.py 735-737
+            skip = for_each_text(skips.pop(), x)
+            x = resnet(torch.cat([x, skip], dim=1), temb)           # in this order: openaimodel.py 735-737
             if self.attentions:
                 x = self.attentions[i](x, context)
         for upsample in self.upsamplers:
@@ -265,7 +272,9 @@ class UNet(nn.Module):
     def forward(self, x, t, context):
         """The noise (B, 4, H, W) in latents x (B, 4, H, W) at steps t, given text states (B, L, D).
 
-        t is integer, (B,) or (), in [0, 999]. It is computed in the weights' dtype, or autocast's."""
+        t is integer, (B,) or (), in [0, 999]. It is computed in the weights' dtype, or autocast's. With
+        2 B text states x is taken with the first B and again with the last B, the noise is (2 B, 4, H, W),
+        and what comes before the first look at a text is computed once (for_each_text)."""
         dtype = self.conv_in.weight.dtype
         x, context = x.to(dtype), context.to(dtype)
         temb = timestep_embedding(t.expand(len(x)), self.conv_in.out_channels)          # (B, 320) float32

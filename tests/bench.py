@@ -195,14 +195,14 @@ def training_flops(folder, kappa):
     """Of one image. The fake net's loss goes back to its weights, the generator's through two nets to theirs."""
     net, _, x, t, context = meta(folder)
 
-    def there_and_back(weights):
+    def there_and_back(weights, scale):
         net.requires_grad_(weights)
-        return flops(lambda: net(x.clone().requires_grad_(not weights), t, context).sum().backward())
+        texts = torch.cat([context] * (1 if scale in (0, 1) else 2))
+        return flops(lambda: net(x.clone().requires_grad_(not weights), t, texts).sum().backward())
     with torch.no_grad():
         there = flops(lambda: net(x, t, context))
-    learning, following = there_and_back(True), there_and_back(False)
-    passes = [1 if k in (0, 1) else 2 for k in kappa]
-    return there + passes[0] * learning + learning + (passes[1] + passes[2]) * following
+    return there + there_and_back(True, kappa[0]) + there_and_back(True, 1) + sum(
+        there_and_back(False, scale) for scale in kappa[1:])
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ def test_guidance(batch):
     x, _, t, context, null = batch
     net = tiny_unet()
     calls = []
-    net.register_forward_hook(lambda module, inputs, output: calls.append(len(inputs[0])))
+    net.register_forward_hook(lambda module, inputs, output: calls.append(len(inputs[2])))
 
     def at(kappa, c=context):
         return sid_lsg.guided(net, x, t, c, null, kappa)
@@ -66,6 +66,23 @@ def test_guidance(batch):
         assert calls == [5, 5, 10]                                      # 1 and 0 cost one half
         dropped = null.expand(5, -1, -1)
         assert torch.allclose(at(7.5, dropped), unconditional, atol=1e-5)
+
+
+def test_what_comes_before_the_first_text_is_computed_once(batch):
+    """One latent with two texts is the latent doubled, and half of it up to the first cross-attention."""
+    x, _, t, context, null = batch
+    for levels in ((True, True), (False, True)):        # an SD 1.5 begins with attention, the tiny teacher without
+        torch.manual_seed(0)
+        net, rows = unet.UNet((16, 32), 12, 2, 1, 4, levels), []
+        first = net.down_blocks[levels.index(True)]
+        for module in (first.resnets[0], first.attentions[0].transformer_blocks[0].attn1,
+                       first.attentions[0].transformer_blocks[0].attn2, net.conv_out):
+            module.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0])))
+        texts = torch.cat([null.expand_as(context), context])
+        with torch.no_grad():
+            both = net(x, t, texts)
+            assert rows == [5, 5, 10, 10]
+            assert torch.allclose(both, net(torch.cat([x, x]), t.repeat(2), texts), atol=1e-5)
 
 
 def test_generator_restores_pure_noise_in_one_step(batch):
