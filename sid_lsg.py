@@ -57,7 +57,6 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch.optim.adam import adam
 from torch.utils.checkpoint import checkpoint
 
@@ -637,8 +636,8 @@ class Run:
         remove(new)
         new.mkdir(parents=True)
         try:
-            save_file({name: w.cpu().contiguous() for name, w in self.tensors().items()},
-                      new / 'tensors.safetensors')
+            unet.write_tensors({name: w.cpu() for name, w in self.tensors().items()},
+                               new / 'tensors.safetensors')
             facts = dict(images=seen, seconds=self.log.elapsed(), teacher=self.mark,
                          log_bytes=self.log.file.stat().st_size)
             write_text(new / 'state.json', json.dumps(facts, indent=2) + '\n')
@@ -885,8 +884,7 @@ def convert(config):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             if single:
-                tensors = original_tensors(net, vae, text, dtype, source, target)
-                save_file(tensors, new, metadata={'format': 'pt'})
+                unet.write_tensors(original_tensors(net, vae, text, dtype, source, target), new)
             elif teacher:
                 tokenizer = clip_text.load_tokenizer(
                     config.tokenizer or facts.get('tokenizer') or teacher)
@@ -930,7 +928,7 @@ def original_tensors(net, vae, text, dtype, source, target):
         tensors[prefix['vae'] + vae_module.original_name(key)] = w
     text_prefix = prefix['text_encoder'] + 'transformer.'
     tensors |= {text_prefix + key: w for key, w in text.state_dict().items()}
-    tensors = {name: w.to(dtype).contiguous() for name, w in tensors.items()}
+    tensors = {name: w.to(dtype) for name, w in tensors.items()}
     tensors[text_prefix + 'text_model.embeddings.position_ids'] = torch.arange(clip_text.LENGTH)[None]
     return tensors
 

@@ -520,12 +520,22 @@ def sized(make, file):
                          f'({type(error).__name__}: {error})') from None
 
 
+def write_tensors(tensors, file):
+    """A .safetensors file of {name: tensor}, open to whom a new file here is open.
+
+    The library's own are for their owner alone, so that a web UI under another name could not read them."""
+    file.touch()
+    rights = file.stat().st_mode
+    save_file({name: w.contiguous() for name, w in tensors.items()}, file, metadata={'format': 'pt'})
+    file.chmod(rights)
+
+
 def write_part(part, net, config, folder, dtype):
     """config.json and the weights of 'unet', 'vae' or 'text_encoder', each named only once it is whole."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {key: w.detach().to('cpu', dtype).contiguous() for key, w in net.state_dict().items()}
-    save_file(weights, folder / 'weights.tmp', metadata={'format': 'pt'})
+    write_tensors({key: w.detach().to('cpu', dtype) for key, w in net.state_dict().items()},
+                  folder / 'weights.tmp')
     (folder / 'config.tmp').write_text(json.dumps(config, indent=2) + '\n')
     (folder / 'weights.tmp').replace(folder / f'{STEM[part]}.safetensors')
     (folder / 'config.tmp').replace(folder / 'config.json')

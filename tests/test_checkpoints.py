@@ -838,6 +838,8 @@ def test_folders_on_the_way_to_the_target_are_made(weights, tmp_path):
     source = single_file(emaonly)(tmp_path, weights)
     assert convert(source, tmp_path / 'some' / 'where' / 'out.safetensors') == 0
     assert_single_file(tmp_path / 'some' / 'where' / 'out.safetensors', weights, 'fp16')
+    (tmp_path / 'any').touch()
+    assert (tmp_path / 'some' / 'where' / 'out.safetensors').stat().st_mode == (tmp_path / 'any').stat().st_mode
 
 
 def test_a_single_file_without_a_tokenizer_makes_no_folder(weights, tmp_path, capsys):

@@ -52,6 +52,8 @@ def test_train_leaves_a_whole_run_folder(run, teacher):
     assert sorted(p.name for p in out.iterdir()) == [
         'config.json', 'curves.png', 'generator', 'grid_000000000.png', 'grid_000000016.png', 'grid_000000024.png',
         'log.jsonl', 'state']
+    # Weights too are open to whom the umask lets: safetensors' own way is 0600.
+    assert len({p.stat().st_mode for p in out.rglob('*') if p.is_file()}) == 1
     rows = [json.loads(line) for line in (out / 'log.jsonl').read_text().splitlines()]
     assert [row['images'] for row in rows] == [8, 16, 24]
     assert set(rows[0]) == {'images', 'seconds', 'loss_fake', 'grad_fake', 'loss_G', 'xg_xphi', 'xphi_xpsi', 'grad_G',
