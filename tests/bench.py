@@ -491,9 +491,12 @@ def iteration_row(table, args):
 THEIRS = """
 import sys, torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers.utils.logging import disable_progress_bar
+disable_progress_bar()
 folder, dtype, device, prompt, path = sys.argv[1:]
 pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
 pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+pipe.set_progress_bar_config(disable=True)
 pipe(prompt, height=64, width=64, timesteps=[625], guidance_scale=1.0).images[0].save(path)
 """
 
