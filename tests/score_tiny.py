@@ -3,9 +3,9 @@
     python tests/score_tiny.py runs/000 [--captions 2000] [--kappa 1.5 2]
 
 Prints, for the untouched teacher in one step, the teacher in 25 DDIM steps at each kappa, and the run's
-generator in one step: the share of pictures right in every attribute and in each (tests/tiny_world.py
-judges pixels, it is no network), and the Fréchet distance of their VAE latents to those of as many
-freshly drawn real pictures.
+generator in one step: the share of pictures right in every attribute, of all captions and of those with one
+object, and in each attribute (tests/tiny_world.py judges pixels, it is no network), and the Fréchet distance
+of their VAE latents to those of as many freshly drawn real pictures.
 """
 
 import argparse
@@ -86,7 +86,9 @@ def main(arguments=None):
     with torch.no_grad():
         kept = np.concatenate([sid_lsg.to_uint8(exam.vae.decode(x)) for x in exam.real.split(100)])
     attributes = ('background', 'count', 'place', 'size', 'color', 'shape')
-    print(f'{len(exam.captions)} held-out captions\n{"":34s} {"right":>6s} {"FD":>7s}  '
+    single = [i for i, (_, _, objects) in enumerate(exam.scenes) if len(objects) == 1]
+    print(f'{len(exam.captions)} held-out captions, {len(single)} of them with one object\n'
+          f'{"":34s} {"right":>6s} {"of one":>6s} {"FD":>7s}  '
           + ' '.join(f'{a:>10s}' for a in attributes))
 
     rows = []
@@ -94,8 +96,9 @@ def main(arguments=None):
     def report(name, latents, pictures, began):
         rows.append((name, pictures[:8]))
         share, each = tiny_world.right(pictures, exam.scenes)
+        alone = tiny_world.right(pictures[single], [exam.scenes[i] for i in single])[0] if single else math.nan
         distance = exam.distance(latents) if latents is not None else math.nan
-        print(f'{name:34s} {share:6.1%} {distance:7.2f}  '
+        print(f'{name:34s} {share:6.1%} {alone:6.1%} {distance:7.2f}  '
               + ' '.join(f'{each[a]:10.1%}' for a in attributes)
               + f'   {time.time() - began:.0f} s', flush=True)
 

@@ -56,6 +56,14 @@ def test_held_out_captions_are_not_trained_on():
     assert set(prompts) <= {tiny_world.caption(s) for s in training}
 
 
+def test_settings_and_prompts_are_as_the_script_writes_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(make_tiny_sd, 'TINY', tmp_path)
+    make_tiny_sd.write_rest()
+    for file in tmp_path.iterdir():
+        assert file.read_text() == (TINY / file.name).read_text(), file.name
+    assert len([*tmp_path.iterdir()]) == 3
+
+
 def test_the_folder_is_small_and_its_settings_are_settings():
     assert sum(f.stat().st_size for f in TINY.rglob('*') if f.is_file()) <= 10_000_000
     settings = json.loads((TINY / 'sid_lsg.json').read_text())
