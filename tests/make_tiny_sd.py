@@ -219,7 +219,7 @@ def write_rest():
     (TINY / 'prompts.txt').write_text('\n'.join(prompts) + '\n')
     (TINY / 'held_out.txt').write_text('\n'.join(tiny_world.caption(s) for s in split()[0]) + '\n')
     # Not the paper's: made for eight minutes of two slow cores. This teacher is sure of its captions, so that little
-    # guidance is enough; more makes latents larger than the world's, by 5 % at the paper's 1.5 (tests/findings.py). And
+    # guidance is enough; more makes latents larger than the world's, by 6 % at the paper's 1.5 (tests/findings.py). And
     # noise hides more of latents of 8 x 8 than of 64 x 64: the generator does better at less of it than at 625.
     (TINY / 'sid_lsg.json').write_text(json.dumps(
         {'kappa': 1.2, 't_init': 450, 'kimg': 11.0, 'batch': 8, 'lr': 1e-4, 'fake_lr': 4e-4, 'lr_end': 0.05,

@@ -281,7 +281,7 @@ def test_the_benchmark_runs(tmp_path):
     """On small nets; it asserts by itself that both sides compute the same, in training, too."""
     result = subprocess.run([sys.executable, ROOT / 'tests' / 'bench.py', '--small', '--repeat', '1', '--batch', '4',
                              '--micro-batch', '2', '--work', tmp_path, 'unet', 'iteration'], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count('(bar') == 3 and 'off by' in result.stdout
 
 
