@@ -1148,6 +1148,29 @@ def latent_shape(size, net, vae):
     return 4, size // vae.factor, size // vae.factor
 
 
+def check_numbers(config, world):
+    """ValueError for a setting of train that makes no sense, or not among `world` processes."""
+    check(len(config.kappa) == 3,
+          'expected --kappa with one number, or three (kappa1, kappa2 = kappa3, kappa4), '
+          f'got {len(config.kappa)}')
+    at_once = config.micro_batch * world
+    check(min(config.batch, config.micro_batch) > 0 and config.batch % at_once == 0,
+          'expected --batch to be a multiple of --micro-batch'
+          + (f' times the {world} processes' if world > 1 else '')
+          + f', got {config.batch} and {config.micro_batch}')
+    check(0 <= config.t_min < config.t_max <= 1000 and 0 <= config.t_init < 1000,
+          'steps lie in 0 ... 999 and --t-min below --t-max, got '
+          f'--t-min {config.t_min} --t-max {config.t_max} --t-init {config.t_init}')
+    check(0 <= config.drop <= 1, f'expected --drop to be a share from 0 to 1, got {config.drop}')
+    check(min(config.kimg, config.grid_kimg, config.save_every, config.fid_every) > 0,
+          'expected --kimg, --grid-kimg, --save-every and --fid-every above 0')
+    check(config.fid_num >= 2 * world,
+          f'expected --fid-num to be 2 a process or more, got {config.fid_num}')
+    check(config.progress_samples == 0 or config.progress_samples > 16,
+          'expected --progress-samples to be 0 or more than the 16 numbers that each is pooled to, '
+          f'got {config.progress_samples}')
+
+
 def open_run(config):
     """Check every setting, load the teacher and its parts, make or find the run folder.
 
@@ -1156,28 +1179,10 @@ def open_run(config):
     with user_errors():
         config.kappa = tuple(np.atleast_1d(config.kappa).tolist())
         config.kappa *= 3 if len(config.kappa) == 1 else 1
-        check(len(config.kappa) == 3,
-              'expected --kappa with one number, or three (kappa1, kappa2 = kappa3, kappa4), '
-              f'got {len(config.kappa)}')
         settings = {name: value for name, value in asdict(config).items() if name != 'resume'}
         world = int(os.environ.get('WORLD_SIZE', 1))        # torchrun sets it
         config.micro_batch = config.micro_batch or max(config.batch // world, 1)
-        at_once = config.micro_batch * world
-        check(min(config.batch, config.micro_batch) > 0 and config.batch % at_once == 0,
-              'expected --batch to be a multiple of --micro-batch'
-              + (f' times the {world} processes' if world > 1 else '')
-              + f', got {config.batch} and {config.micro_batch}')
-        check(0 <= config.t_min < config.t_max <= 1000 and 0 <= config.t_init < 1000,
-              'steps lie in 0 ... 999 and --t-min below --t-max, got '
-              f'--t-min {config.t_min} --t-max {config.t_max} --t-init {config.t_init}')
-        check(0 <= config.drop <= 1, f'expected --drop to be a share from 0 to 1, got {config.drop}')
-        check(min(config.kimg, config.grid_kimg, config.save_every, config.fid_every) > 0,
-              'expected --kimg, --grid-kimg, --save-every and --fid-every above 0')
-        check(config.fid_num >= 2 * world,
-              f'expected --fid-num to be 2 a process or more, got {config.fid_num}')
-        check(config.progress_samples == 0 or config.progress_samples > 16,
-              'expected --progress-samples to be 0 or more than the 16 numbers that each is pooled to, '
-              f'got {config.progress_samples}')
+        check_numbers(config, world)
         device = choose_device(config.device)
         if world > 1:
             if device.type == 'cuda':
@@ -1313,18 +1318,21 @@ def make_config(kind, given):
     return kind(**{**beside, **given})
 
 
-def main(arguments=None):
+COMMANDS = {
+    'train': (train, TrainConfig, 'Distil a teacher into a one-step generator. Defaults are the paper\'s; a '
+              'file sid_lsg.json in the teacher\'s folder may bring others, as the tiny one\'s does.'),
+    'sample': (sample, SampleConfig, 'Draw pictures with a generator, or with its teacher.'),
+    'convert': (convert, ConvertConfig, 'Rewrite a checkpoint or generator for other programs.')}
+
+
+def parse(arguments):
+    """The command and {setting: value} of what was given. Options are the fields of its dataclass."""
     parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0],
                                      epilog='See train --help, sample --help and convert --help.')
-    commands = parser.add_subparsers(dest='command', required=True, metavar='train | sample | convert')
-    for name, kind, does in (
-            ('train', TrainConfig, 'Distil a teacher into a one-step generator. Defaults are the paper\'s; '
-             'a file sid_lsg.json in the teacher\'s folder may bring others, as the tiny one\'s does.'),
-            ('sample', SampleConfig, 'Draw pictures with a generator, or with its teacher.'),
-            ('convert', ConvertConfig, 'Rewrite a checkpoint or generator for other programs.')):
-        command = commands.add_parser(
+    commands = parser.add_subparsers(dest='command', required=True, metavar=' | '.join(COMMANDS))
+    for name, (_, kind, does) in COMMANDS.items():
+        group = command = commands.add_parser(
             name, help=does, description=does, argument_default=argparse.SUPPRESS)
-        group = command
         for f in fields(kind):
             text, several, flag = f.metadata['help'], f.type is tuple, '--' + f.name.replace('_', '-')
             if 'group' in f.metadata:
@@ -1344,8 +1352,12 @@ def main(arguments=None):
                     flag, type=float if several else f.type, nargs='+' if several else None, help=text,
                     choices=choices, metavar=None if choices else metavar)
     given = vars(parser.parse_args(arguments))
-    run, kind = dict(train=(train, TrainConfig), sample=(sample, SampleConfig),
-                     convert=(convert, ConvertConfig))[given.pop('command')]
+    return given.pop('command'), given
+
+
+def main(arguments=None):
+    command, given = parse(arguments)
+    run, kind, _ = COMMANDS[command]
     with user_errors():
         config = make_config(kind, given)
     try:
