@@ -328,7 +328,7 @@ def test_bf16_holds_the_teacher_in_bf16_and_the_rest_in_fp32(teacher, tmp_path, 
 def test_out_of_memory_names_the_next_option(teacher, tmp_path, monkeypatch, capsys):
     def no_memory(*_):
         raise torch.OutOfMemoryError('CUDA out of memory')
-    monkeypatch.setattr(sid_lsg, 'train', no_memory)
+    monkeypatch.setitem(sid_lsg.COMMANDS, 'train', (no_memory, sid_lsg.TrainConfig, ''))
     options, tried = [], []
     for _ in range(5):
         with pytest.raises(SystemExit) as stop:
