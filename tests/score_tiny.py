@@ -89,7 +89,7 @@ def main(arguments=None):
     exam = Exam(args.teacher, args.captions)
     count, sets = len(exam.captions), range(args.sets)
     teacher, null = unet.load(args.teacher).to(exam.device), exam.encode([''])
-    reals = [exam.drawn(seed=5 + 2 * s) for s in sets]
+    reals = [exam.real] + [exam.drawn(seed=5 + 2 * s) for s in sets[1:]]
     attributes = ('background', 'count', 'place', 'size', 'color', 'shape')
     single = [i for i, (_, _, objects) in enumerate(exam.scenes) if len(objects) == 1]
     print(f'{count} held-out captions, {len(single)} of them with one object; {args.sets} pictures of each\n'
