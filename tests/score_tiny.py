@@ -85,6 +85,8 @@ def main(arguments=None):
                         help='the teacher\'s DDIM steps, default: %(default)s')
     parser.add_argument('--picture', help='PNG to write: the first 8 captions by teacher and runs, side by side')
     args = parser.parse_args(arguments)
+    if args.sets < 1:
+        parser.error(f'--sets: expected 1 or more pictures of each caption, not {args.sets}')
 
     exam = Exam(args.teacher, args.captions)
     count, sets = len(exam.captions), range(args.sets)
@@ -115,10 +117,11 @@ def main(arguments=None):
         report(name, *zip(*drawn), began)
 
     began = time.time()
-    with torch.no_grad():
-        kept = [np.concatenate([sid_lsg.to_uint8(exam.vae.decode(x)) for x in real.split(100)]) for real in reals]
     report('drawn pictures', [exam.drawn(seed=6 + 2 * s) for s in sets],
            [tiny_world.pictures(exam.scenes, seed=5 + 2 * s) for s in sets], began)
+    began = time.time()
+    with torch.no_grad():
+        kept = [np.concatenate([sid_lsg.to_uint8(exam.vae.decode(x)) for x in real.split(100)]) for real in reals]
     report('the same through the VAE', [], kept, began)
     draw('teacher, 1 step', lambda z, c: sid_lsg.generate(teacher, z, c))
     for run in args.runs:

@@ -10,6 +10,7 @@ from PIL import Image
 
 import findings
 import make_tiny_sd
+import score_tiny
 import sid_lsg
 import tiny_world
 import unet
@@ -79,6 +80,19 @@ def test_the_teacher_draws_what_captions_say():
     pictures = sid_lsg.draw_pictures(lambda z, fresh, c: sid_lsg.ddim(teacher, z, c, null, 3.0, 15), vae,
                                      encode(texts), range(16), sid_lsg.latent_shape(0, teacher, vae))
     assert tiny_world.right(pictures, [tiny_world.scene_of(text) for text in texts])[0] >= 15 / 16
+
+
+def test_a_score_is_the_mean_over_sets_of_other_noise_and_other_pictures(capsys):
+    score_tiny.main(['--captions', '16', '--sets', '2', '--kappa'])
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith('teacher, 1 step'))
+    teacher, exam, distances = unet.load(TINY), score_tiny.Exam(TINY, 16), []
+    for seed, real in (0, exam.drawn(seed=5)), (16, exam.drawn(seed=7)):
+        latents, _ = exam.draw(lambda z, c: sid_lsg.generate(teacher, z, c), seeds=range(seed, seed + 16))
+        distances.append(score_tiny.fid.frechet_distance(*score_tiny.moments(latents), *score_tiny.moments(real)))
+    assert distances[0] != pytest.approx(distances[1], abs=0.1)
+    assert [float(x) for x in row.split()[-10:-8]] == pytest.approx([np.mean(distances), np.std(distances)], abs=0.006)
+    with pytest.raises(SystemExit, match='2'):
+        score_tiny.main(['--sets', '0'])
 
 
 def test_diversity_is_the_mean_distance_within_captions():
