@@ -140,6 +140,22 @@ def test_killed_at_any_moment_a_run_loses_no_more_than_since_the_last_save(teach
     assert images == list(range(8, lines[-1][1] + 9, 8))        # no iteration twice, none missing
 
 
+def test_gradients_are_summed_over_processes_in_few_calls(monkeypatch):
+    """Small tensors share a call, a copy stays small, and each gets its own sum, however it lies in memory."""
+    noise = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(shape, generator=noise) for shape in ((), (7,), (4, 3, 2, 2), (90,), (2,))]
+    tensors[2] = tensors[2].to(memory_format=torch.channels_last)
+    before, calls = [x.clone() for x in tensors], []
+
+    def doubled(flat):                          # two processes with the same gradients
+        calls.append(len(flat))
+        flat.mul_(2)
+    monkeypatch.setattr(sid_lsg.dist, 'all_reduce', doubled)
+    sid_lsg.sum_over_processes(tensors, at_once=60)
+    assert calls == [1 + 7 + 48, 90 + 2]
+    assert all(torch.equal(x, 2 * old) for x, old in zip(tensors, before))
+
+
 def torchrun(script, teacher, folder, settings):
     """Two processes that train in `folder`."""
     options = [f'--{name.replace("_", "-")}={value}' for name, value in settings.items()]
