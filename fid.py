@@ -562,7 +562,7 @@ def run_clip(args):
     pictures = read_pictures(args.sets[0], args, 'clean', args.num)
     count = next(pictures)
     try:
-        lines = Path(args.sets[1]).read_text(encoding='utf-8').split('\n')
+        lines = Path(args.sets[1]).read_text(encoding='utf-8-sig').split('\n')
     except BROKEN as error:
         raise ValueError(f'expected UTF-8 text, one caption a line, at {args.sets[1]}; '
                          f'{reason(error)}') from None

@@ -1113,9 +1113,9 @@ def load_parts(path, device, tokenizer='', dtype=torch.float32, stored=torch.flo
 
 
 def read_prompts(path, tokenizer=None):
-    """The prompts of a text file, one a line, without outer blanks and empty lines."""
+    """The prompts of a UTF-8 file, one a line, without outer blanks, empty lines and byte order mark."""
     try:
-        lines = Path(path).read_text(encoding='utf-8').split('\n')
+        lines = Path(path).read_text(encoding='utf-8-sig').split('\n')
     except UnicodeDecodeError:
         raise ValueError(f'expected UTF-8 text, one prompt a line, in {path}; '
                          'found bytes that are none') from None
@@ -1131,8 +1131,8 @@ def read_prompts(path, tokenizer=None):
 
 def warn_of_cuts(prompts, tokenizer):
     """Say on stderr which prompts do not fit into CLIP's 77 positions, and what of them is lost."""
-    # A token is a character at least.
-    long = [prompt for prompt in prompts if len(prompt) > clip_text.LENGTH - 2]
+    # A token is a byte at least, and characters outside ASCII are several.
+    long = [prompt for prompt in prompts if len(prompt.encode()) > clip_text.LENGTH - 2]
     cut = [(prompt, lost) for prompt in long if (lost := tokenizer.lost(prompt))]
     for prompt, lost in cut[:3]:
         print(f'warning: "{textwrap.shorten(prompt, 60)}" is longer than {clip_text.LENGTH} tokens, '
@@ -1160,6 +1160,22 @@ def latent_shape(size, net, vae):
           f'expected --size to be a multiple of {vae.factor * below}, the VAE\'s factor {vae.factor} '
           f'times the UNet\'s {below}, got {size}')
     return 4, size // vae.factor, size // vae.factor
+
+
+def check_kinds(config):
+    """ValueError for a setting that is not of its field's kind; a sid_lsg.json may hold anything."""
+    for f in fields(config):
+        value, choices = getattr(config, f.name), f.metadata.get('choices')
+        if choices:
+            good, kind = value in choices, f'one of {", ".join(choices)}'
+        elif f.type in (str, bool):
+            good, kind = isinstance(value, f.type), 'text' if f.type is str else 'true or false'
+        else:
+            numbers, whole, signed = np.atleast_1d(value), f.type is int, f.name in ('kappa', 'alpha')
+            good = (numbers.dtype.kind in ('iu' if whole else 'iuf') and np.isfinite(numbers).all()
+                    and (signed or numbers.min() >= 0))
+            kind = f'a {"whole" if whole else "finite"} number' + ('' if signed else ', 0 or more')
+        check(good, f'expected --{f.name.replace("_", "-")} to be {kind}, got {value}')
 
 
 def check_numbers(config, world):
@@ -1191,6 +1207,7 @@ def open_run(config):
     The folder: config.json (settings), log.jsonl, curves.png, grid_*.png, state/ (for --resume) and
     generator/ with unet/ (diffusers layout) and generator.json."""
     with user_errors():
+        check_kinds(config)
         config.kappa = tuple(np.atleast_1d(config.kappa).tolist())
         config.kappa *= 3 if len(config.kappa) == 1 else 1
         settings = {name: value for name, value in asdict(config).items() if name != 'resume'}
@@ -1223,8 +1240,8 @@ def parse_seeds(text):
     seeds = []
     for part in text.split(','):
         first, dash, last = part.strip().partition('-')
-        check(first.isdecimal() and (last.isdecimal() or not dash),
-              f'expected --seeds as numbers and ranges such as 0-7,42, got {text}')
+        check(first.isdecimal() and (last.isdecimal() or not dash) and int(last or first) < 2 ** 64,
+              f'expected --seeds as numbers below 2^64 and ranges such as 0-7,42, got {text}')
         seeds += range(int(first), int(last or first) + 1)
     return seeds
 

@@ -403,7 +403,7 @@ def locate(path):
 def read_json(file):
     """The dict in a JSON file."""
     try:
-        content = json.loads(Path(file).read_text(encoding='utf-8'))
+        content = json.loads(Path(file).read_text(encoding='utf-8-sig'))
     except ValueError as error:
         raise ValueError(f'{file} is not JSON ({error}); download it again') from None
     if not isinstance(content, dict):

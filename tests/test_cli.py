@@ -306,8 +306,16 @@ def test_peaks_are_counted_as_they_are():
 
 def test_a_long_prompt_is_cut_with_a_warning(run):
     folder, _ = run
-    result = command('sample', 'a red star ' * 25 + 'and the end', '--out', 'long', cwd=folder)
-    assert result.returncode == 0 and 'and the end' in result.stderr and 'cut' in result.stderr
+    result = command('sample', 'a red star ' * 25 + 'and the end', '星' * 39 + '月', '--out', 'long', cwd=folder)
+    assert result.returncode == 0 and 'cut: "' in result.stderr
+    assert 'and the end"' in result.stderr and '星月"' in result.stderr     # few characters, three bytes each
+
+
+def test_text_files_of_any_editor_are_read(tmp_path):
+    for name, text in {'prompts.txt': 'a red star\r\n\r\n  ein grüner Ring\r\n', 'sid_lsg.json': '{"lr": 1}\r\n'}.items():
+        (tmp_path / name).write_bytes(text.encode('utf-8-sig'))
+    assert sid_lsg.read_prompts(tmp_path / 'prompts.txt') == ['a red star', 'ein grüner Ring']
+    assert unet.read_json(tmp_path / 'sid_lsg.json') == {'lr': 1}
 
 
 REFUSALS = {
@@ -321,11 +329,19 @@ REFUSALS = {
     'device': (['train', '--teacher', 'TEACHER', '--device', 'abacus'], 'abacus'),
     'precision': (['train', '--teacher', 'TEACHER', '--precision', 'fp8'], 'fp8'),
     'steps out of range': (['train', '--teacher', 'TEACHER', '--t-init', '1000'], '--t-init 1000'),
+    'negative seed': (['train', '--teacher', 'TEACHER', '--seed', '-1'], '--seed to be a whole number, 0 or more, got -1'),
+    'endless length': (['train', '--teacher', 'TEACHER', '--kimg', 'inf'], '--kimg to be a finite number'),
+    'kappa not a number': (['train', '--teacher', 'TEACHER', '--kappa', '1', '1', 'nan'], '--kappa to be a finite number, got'),
     'unknown setting beside the teacher': (['train', '--teacher', 'odd'], 'learning_rate'),
+    'text beside the teacher': (['train', '--teacher', 'text'], '--lr to be a finite number, 0 or more, got 1e-4'),
+    'half a batch beside the teacher': (['train', '--teacher', 'half'], '--batch to be a whole number'),
+    'precision beside the teacher': (['train', '--teacher', 'fp8'], '--precision to be one of fp32, bf16, fp16, got fp8'),
+    'switch beside the teacher': (['train', '--teacher', 'switch'], '--checkpoint to be true or false, got 1'),
     'cut-off weights': (['train', '--teacher', 'cut'], 'cut'),
     'no generator yet': (['sample', 'a red star'], 'train'),
     'no prompt': (['sample', '--teacher', 'TEACHER', '--teacher-steps', '2'], 'expected a prompt'),
     'seeds': (['sample', 'x', '--teacher', 'TEACHER', '--teacher-steps', '2', '--seeds', '1-'], '1-'),
+    'seed too large': (['sample', 'x', '--teacher', 'TEACHER', '--teacher-steps', '2', '--seeds', str(2 ** 64)], 'below 2^64'),
     'kappa without a teacher': (['sample', 'x', '--kappa', '2'], '--teacher-steps'),
 }
 
@@ -337,8 +353,10 @@ def mess(teacher, tmp_path_factory):
     (folder / 'empty.txt').write_text('\n  \n')
     (folder / 'used').mkdir()
     (folder / 'used' / 'config.json').write_text('{}')
-    (folder / 'odd').mkdir()
-    (folder / 'odd' / 'sid_lsg.json').write_text('{"learning_rate": 1}')
+    for name, settings in dict(odd='{"learning_rate": 1}', text='{"lr": "1e-4"}', half='{"batch": 8.5}',
+                               fp8='{"precision": "fp8"}', switch='{"checkpoint": 1}').items():
+        (folder / name).mkdir()
+        (folder / name / 'sid_lsg.json').write_text(settings)
     shutil.copytree(teacher, folder / 'cut')
     file = folder / 'cut' / 'unet' / 'diffusion_pytorch_model.safetensors'
     file.write_bytes(file.read_bytes()[:-1000])
@@ -378,8 +396,8 @@ def test_help_is_grouped_and_says_every_default(command, groups, capsys):
 
 def test_the_default_settings_are_the_papers():
     c = sid_lsg.TrainConfig()
-    assert (c.lr, c.fake_lr, c.batch, c.alpha, c.t_init, c.t_min, c.t_max, c.ema_kimg, c.kappa) == \
-        (1e-6, 1e-6, 512, 1.0, 625, 20, 980, 50.0, (1.5,))
+    assert (c.lr, c.fake_lr, c.lr_end, c.batch, c.alpha, c.t_init, c.t_min, c.t_max, c.ema_kimg, c.kappa) == \
+        (1e-6, 1e-6, 1.0, 512, 1.0, 625, 20, 980, 50.0, (1.5,))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')

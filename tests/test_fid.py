@@ -233,7 +233,7 @@ def test_clip_score_on_the_command_line(clip_path, reference, tmp_path, capsys):
     (tmp_path / 'fake').mkdir()
     for i in range(3):      # 8, 9, 10: in natural order
         Image.fromarray(picture(10 + i, 300, 213)).save(tmp_path / 'fake' / f'{8 + i}.png')
-    (tmp_path / 'captions.txt').write_text('\n'.join([*CAPTIONS, '', 'one too many']))
+    (tmp_path / 'captions.txt').write_text('\n'.join([*CAPTIONS, '', 'one too many']), encoding='utf-8-sig')
     arguments = ['--clip', clip_path, tmp_path / 'fake', tmp_path / 'captions.txt', '--tokenizer', TOKENIZER]
     fid.main([*map(str, arguments), '--num', '3', '--batch', '2'])
     out, err = capsys.readouterr()
