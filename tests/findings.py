@@ -24,6 +24,8 @@ import sid_lsg
 import tiny_world
 import unet
 
+# The paper's step; all else for runs of 3,000 images, whatever the folder's own settings are made for.
+SETTINGS = dict(t_init=625, batch=8, lr=1e-4, fake_lr=4e-4, lr_end=0.05, ema_kimg=1.0)
 # name: kappa1, kappa2 = kappa3, kappa4, alpha. Strategies as in README.md, "Guidance strategies".
 STRATEGIES = {
     'no guidance': (1, 1, 1, 1.0),
@@ -80,8 +82,8 @@ def distil(exam, folder, teacher, kimg, strategy, seed):
     if not (folder / 'generator').is_dir():
         sid_lsg.remove(folder)          # of a run cut off
         sid_lsg.train(sid_lsg.make_config(sid_lsg.TrainConfig, dict(
-            teacher=str(teacher), out=str(folder), kappa=tuple(kappa), alpha=alpha, seed=seed, kimg=kimg,
-            t_init=625, grid_kimg=kimg, progress_samples=0)))       # the paper's step, not the folder's own
+            SETTINGS, teacher=str(teacher), out=str(folder), kappa=tuple(kappa), alpha=alpha, seed=seed, kimg=kimg,
+            grid_kimg=kimg, progress_samples=0)))
     G = unet.load(folder / 'generator').to(exam.device)
     return score(exam, lambda z, c: sid_lsg.generate(G, z, c))
 

@@ -88,7 +88,12 @@ def main(arguments=None):
     if args.sets < 1:
         parser.error(f'--sets: expected 1 or more pictures of each caption, not {args.sets}')
 
-    exam = Exam(args.teacher, args.captions)
+    with sid_lsg.user_errors():         # before the minutes that drawing takes
+        generators = []
+        for run in args.runs:
+            folder, facts = sid_lsg.generator_in(run)
+            generators.append((run, unet.load(folder), facts.get('t_init', 625)))
+        exam = Exam(args.teacher, args.captions)
     count, sets = len(exam.captions), range(args.sets)
     teacher, null = unet.load(args.teacher).to(exam.device), exam.encode([''])
     reals = [exam.real] + [exam.drawn(seed=5 + 2 * s) for s in sets[1:]]
@@ -124,10 +129,9 @@ def main(arguments=None):
         kept = [np.concatenate([sid_lsg.to_uint8(exam.vae.decode(x)) for x in real.split(100)]) for real in reals]
     report('the same through the VAE', [], kept, began)
     draw('teacher, 1 step', lambda z, c: sid_lsg.generate(teacher, z, c))
-    for run in args.runs:
-        folder, facts = sid_lsg.generator_in(run)
-        G = unet.load(folder).to(exam.device)
-        draw(f'{run}, 1 step', lambda z, c: sid_lsg.generate(G, z, c, facts['t_init']))
+    for run, G, t_init in generators:
+        G.to(exam.device)
+        draw(f'{run}, 1 step', lambda z, c: sid_lsg.generate(G, z, c, t_init))
     for kappa in args.kappa:
         draw(f'teacher, {args.steps} steps, kappa {kappa:g}',
              lambda z, c: sid_lsg.ddim(teacher, z, c, null, kappa, args.steps))

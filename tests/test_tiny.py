@@ -91,8 +91,10 @@ def test_a_score_is_the_mean_over_sets_of_other_noise_and_other_pictures(capsys)
         distances.append(score_tiny.fid.frechet_distance(*score_tiny.moments(latents), *score_tiny.moments(real)))
     assert distances[0] != pytest.approx(distances[1], abs=0.1)
     assert [float(x) for x in row.split()[-10:-8]] == pytest.approx([np.mean(distances), np.std(distances)], abs=0.006)
-    with pytest.raises(SystemExit, match='2'):
-        score_tiny.main(['--sets', '0'])
+    for wrong, fact in (['--sets', '0'], '--sets'), (['nowhere'], 'nowhere'):
+        with pytest.raises(SystemExit, match='2'):
+            score_tiny.main(wrong)
+        assert fact in capsys.readouterr().err
 
 
 def test_diversity_is_the_mean_distance_within_captions():
