@@ -199,9 +199,15 @@ def schedule():
 ALPHA, SIGMA = schedule()
 
 
+@functools.lru_cache
+def copy_on(device, table):
+    """ALPHA or SIGMA on a device, copied once: a copy makes the host wait for all that the device has to do."""
+    return table.to(device)
+
+
 def at(table, t):
     """Entries (B, 1, 1, 1) or (1, 1, 1, 1) of ALPHA or SIGMA at steps t (B,) or ()."""
-    return table.to(t.device)[t].reshape(-1, 1, 1, 1)
+    return copy_on(t.device, table)[t].reshape(-1, 1, 1, 1)
 
 
 def add_noise(x0, eps, t):
@@ -397,6 +403,11 @@ def epoch_order(seed, epoch, count):
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 
+def send(x, device):
+    """x on the device, from page-locked memory: only such a copy can be queued, any other is waited for."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else x.to(device)
+
+
 def draw_samples(config, prompts, encode, shape, device, iteration, half, rows, drop=0.0):
     """context, z, t and eps for `rows` of the batch of one half (0 psi, 1 theta) of an iteration.
 
@@ -411,8 +422,8 @@ def draw_samples(config, prompts, encode, shape, device, iteration, half, rows, 
         texts.append('' if rng.random() < drop else text)
         steps.append(int(rng.integers(config.t_min, config.t_max)))
         noise.append(rng.standard_normal((2, *shape), dtype=np.float32))
-    z, eps = torch.from_numpy(np.stack(noise, axis=1)).to(device)
-    return encode(texts), z, torch.tensor(steps, device=device), eps
+    z, eps = send(torch.from_numpy(np.stack(noise, axis=1)), device)
+    return encode(texts), z, send(torch.tensor(steps), device), eps
 
 
 class Log:
@@ -804,8 +815,7 @@ def draw_pictures(make, vae, context, seeds, shape):
     sources = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def fresh(_=None):
-        return torch.stack(
-            [torch.randn(shape, generator=source) for source in sources]).to(context.device)
+        return send(torch.stack([torch.randn(shape, generator=source) for source in sources]), context.device)
     return to_uint8(vae.decode(make(fresh(), fresh, context)))
 
 
@@ -1108,7 +1118,7 @@ def load_parts(path, device, tokenizer='', dtype=torch.float32, stored=torch.flo
 
     @torch.no_grad()
     def encode(texts):
-        return text(tokenizer(texts).to(device))
+        return text(send(tokenizer(texts), device))
     return vae, encode, tokenizer
 
 

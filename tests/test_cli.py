@@ -401,6 +401,23 @@ def test_the_default_settings_are_the_papers():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
+def test_no_iteration_waits_for_the_device(teacher, tmp_path, monkeypatch):
+    """From the second iteration on, whatever makes the host wait is an error; the log's lines, between them, may."""
+    class Watched(sid_lsg.Run):
+        def end_iteration(self, iteration):
+            torch.cuda.set_sync_debug_mode('default')
+            done = super().end_iteration(iteration)
+            torch.cuda.set_sync_debug_mode('default' if iteration == self.iterations - 1 else 'error')
+            return done
+    monkeypatch.setattr(sid_lsg, 'Run', Watched)
+    try:
+        sid_lsg.main(['train', '--teacher', str(teacher), '--out', str(tmp_path / 'run'), '--device', 'cuda', '--micro-batch', '4'])
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+    assert len((tmp_path / 'run' / 'log.jsonl').read_text().splitlines()) >= 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
 def test_cuda_agrees_with_the_cpu(teacher):
     """fp32 on the GPU, TF32 off, within 1e-4 of the CPU's largest value: noise prediction and decoded picture."""
     g = torch.Generator().manual_seed(0)
