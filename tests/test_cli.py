@@ -1,5 +1,6 @@
 """The command line as a user has it: train, then sample, on a teacher of random weights; and what is refused, how."""
 
+import contextlib
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench
 import clip_text
@@ -398,6 +400,54 @@ def test_the_default_settings_are_the_papers():
     c = sid_lsg.TrainConfig()
     assert (c.lr, c.fake_lr, c.lr_end, c.batch, c.alpha, c.t_init, c.t_min, c.t_max, c.ema_kimg, c.kappa) == \
         (1e-6, 1e-6, 1.0, 512, 1.0, 625, 20, 980, 50.0, (1.5,))
+
+
+class Copies(TorchDispatchMode):
+    """Lists the shapes of all tensors that are copied to another device."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), more=None):
+        result = function(*arguments, **(more or {}))
+        if function is torch.ops.aten._to_copy.default and arguments[0].device != result.device:
+            self.shapes.append(tuple(result.shape))
+        return result
+
+
+def test_an_iteration_asks_nothing_of_the_device(teacher, tmp_path, monkeypatch):
+    """Noise, text and steps go to it, and nothing else; nothing comes back, for which the host would wait. Meta stands
+    in for a GPU: no number can be read from it, and an attempt is an error."""
+    copies = Copies()
+
+    class OnMeta(sid_lsg.Run):
+        def __init__(self, config):
+            super().__init__(config)
+            encode, self.device = self.encode, torch.device('meta')
+            self.encode = lambda texts: encode(texts).to('meta')
+            self.null = self.null.to('meta')
+            for net in (self.teacher, self.G, self.ema, self.fake):
+                net.to('meta')
+            self.optimizers = {name: sid_lsg.Adam(net.parameters(), 1e-3, 1e-8)
+                               for name, net in (('G', self.G), ('fake', self.fake))}
+
+        def end_iteration(self, iteration):
+            self.log.end((iteration + 1) * 8, False)
+            if iteration == 0:                  # in which the schedule is copied, once for good
+                copies.__enter__()
+            else:
+                copies.__exit__(None, None, None)
+            return iteration == 1
+
+        def close(self):
+            pass
+    monkeypatch.setattr(sid_lsg, 'Run', OnMeta)
+    monkeypatch.setattr(sid_lsg, 'autocast', lambda *_: contextlib.nullcontext())      # there is none on meta
+    sid_lsg.train(sid_lsg.make_config(sid_lsg.TrainConfig, dict(
+        teacher=str(teacher), out=str(tmp_path / 'run'), micro_batch=4, log_seconds=1e9)))
+    # z and eps, text states, t; in 2 halves of 2 micro-batches
+    assert copies.shapes == 4 * [(2, 4, 4, 4, 4), (4, 77, 16), (4,)]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
