@@ -201,7 +201,7 @@ ALPHA, SIGMA = schedule()
 
 @functools.lru_cache
 def copy_on(device, table):
-    """ALPHA or SIGMA on a device, copied once: a copy makes the host wait for all that the device has to do."""
+    """ALPHA or SIGMA on a device, copied once: the host waits for a copy, and all that is before it."""
     return table.to(device)
 
 
@@ -1182,8 +1182,8 @@ def check_kinds(config):
             good, kind = isinstance(value, f.type), 'text' if f.type is str else 'true or false'
         else:
             numbers, whole, signed = np.atleast_1d(value), f.type is int, f.name in ('kappa', 'alpha')
-            good = (numbers.dtype.kind in ('iu' if whole else 'iuf') and np.isfinite(numbers).all()
-                    and (signed or numbers.min() >= 0))
+            good = (np.ndim(value) <= (f.type is tuple) and numbers.dtype.kind in ('iu' if whole else 'iuf')
+                    and np.isfinite(numbers).all() and (signed or numbers.min() >= 0))
             kind = f'a {"whole" if whole else "finite"} number' + ('' if signed else ', 0 or more')
         check(good, f'expected --{f.name.replace("_", "-")} to be {kind}, got {value}')
 

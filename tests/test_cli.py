@@ -336,6 +336,7 @@ REFUSALS = {
     'kappa not a number': (['train', '--teacher', 'TEACHER', '--kappa', '1', '1', 'nan'], '--kappa to be a finite number, got'),
     'unknown setting beside the teacher': (['train', '--teacher', 'odd'], 'learning_rate'),
     'text beside the teacher': (['train', '--teacher', 'text'], '--lr to be a finite number, 0 or more, got 1e-4'),
+    'several for one beside the teacher': (['train', '--teacher', 'several'], '--lr to be a finite number, 0 or more, got [1, 2]'),
     'half a batch beside the teacher': (['train', '--teacher', 'half'], '--batch to be a whole number'),
     'precision beside the teacher': (['train', '--teacher', 'fp8'], '--precision to be one of fp32, bf16, fp16, got fp8'),
     'switch beside the teacher': (['train', '--teacher', 'switch'], '--checkpoint to be true or false, got 1'),
@@ -355,7 +356,7 @@ def mess(teacher, tmp_path_factory):
     (folder / 'empty.txt').write_text('\n  \n')
     (folder / 'used').mkdir()
     (folder / 'used' / 'config.json').write_text('{}')
-    for name, settings in dict(odd='{"learning_rate": 1}', text='{"lr": "1e-4"}', half='{"batch": 8.5}',
+    for name, settings in dict(odd='{"learning_rate": 1}', text='{"lr": "1e-4"}', several='{"lr": [1, 2]}', half='{"batch": 8.5}',
                                fp8='{"precision": "fp8"}', switch='{"checkpoint": 1}').items():
         (folder / name).mkdir()
         (folder / name / 'sid_lsg.json').write_text(settings)
