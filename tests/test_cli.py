@@ -61,6 +61,7 @@ def test_train_leaves_a_whole_run_folder(run, teacher):
     assert set(rows[0]) == {'images', 'seconds', 'loss_fake', 'grad_fake', 'loss_G', 'xg_xphi', 'xphi_xpsi', 'grad_G',
                             'nan_samples', 'bad_grads'}
     assert all(np.isfinite(value) for row in rows for value in row.values())
+    assert 0 < rows[0]['seconds'] < rows[2]['seconds'] < 3600           # since the start, not since 1970
     settings = json.loads((out / 'config.json').read_text())
     assert settings['lr'] == SETTINGS['lr'] and settings['kappa'] == [1.5] * 3 and settings['t_init'] == 625
     assert 'sample --generator runs/000' in result.stdout and '24 images' in result.stdout

@@ -220,6 +220,14 @@ def test_clip_towers_equal_open_clip(clip_path, reference):
     assert_close(clip.text(torch.from_numpy(reference['clip_tokens'])), reference['clip_read'])
 
 
+def test_clip_that_is_not_whole_is_refused(clip_path, tmp_path):
+    whole = load_file(clip_path)
+    for tensors in (whole | {'more': torch.zeros(1)}, {k: w for k, w in whole.items() if k != 'ln_final.bias'}):
+        save_file(tensors, tmp_path / 'other.safetensors')
+        with pytest.raises(ValueError, match='does not hold CLIP .*"(more|ln_final.bias)"'):
+            fid.load_clip(tmp_path / 'other.safetensors')
+
+
 def test_clip_input_takes_the_path_of_the_tables(reference):
     """Crop, LANCZOS, the off-by-one, bicubic and scale against torchvision and open_clip; the prompt's beginning."""
     for i, theirs in enumerate(reference['clip_inputs']):

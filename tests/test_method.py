@@ -252,6 +252,9 @@ def test_update_mends_gradients_clips_and_reports_their_norm():
     norm, broken = sid_lsg.update(optimizer, clip=1.0)
     assert norm.item() == pytest.approx(5.0) and broken == 0
     assert p.tolist() == [0.0, -1e5, -4.0, 5.0]
+    p.grad = torch.tensor([-math.inf, 0.0, 0.0, 0.0])
+    sid_lsg.update(optimizer)
+    assert p.tolist() == [1e5, -1e5, -4.0, 5.0]
 
 
 def test_adam_is_torchs_to_the_bit():
