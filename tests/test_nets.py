@@ -178,9 +178,26 @@ def test_text_equals_transformers(tmp_path):
     tokens = torch.randint(600, (3, 77), generator=torch.Generator().manual_seed(50))
     tokens[:, 0], tokens[0, 9:], tokens[1, 76:] = 598, 599, 599     # start, end: a short row and a full one
     with torch.no_grad():
-        expected = theirs(tokens).last_hidden_state
+        expected, pooled = theirs(tokens)[:2]
         assert_close(ours(tokens), expected)
         assert_close(clip_text.load(tmp_path)(tokens), expected)
+    end = (tokens == 599).int().argmax(1)
+    assert torch.equal(pooled, expected[torch.arange(3), end])      # by the end token that config.json names
+
+
+def test_a_new_net_can_be_trained():
+    """As make_tiny_sd.py does: tokens and positions begin apart, every weight takes part."""
+    torch.manual_seed(0)
+    text = small_text()
+    assert all((p.std(0) > 0.1).all() for p in text.text_model.embeddings.parameters())
+    context = text(torch.tensor([[598, *range(75), 599]]))
+    net, autoencoder = small_unet(), small_vae()
+    latents = autoencoder.encode(noise(1, 3, 16, 16, seed=60))
+    pictures = autoencoder.decode(net(torch.cat([latents] * 4, 3), torch.tensor([500]), context))
+    pictures.square().mean().backward()
+    for part in (text, net, autoencoder):
+        for name, p in part.named_parameters():
+            assert p.grad is not None and p.grad.abs().sum() > 0, name
 
 
 def test_text_ignores_stored_position_ids(tmp_path):
