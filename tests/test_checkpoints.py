@@ -892,6 +892,7 @@ def assert_student(folder, expected):
     theirs = UNet2DConditionModel.from_pretrained(folder, subfolder='unet')
     same(theirs.state_dict(), expected)
     assert theirs.config.attention_head_dim == 8 and theirs.config.sample_size == 8
+    assert json.loads((folder / 'generator.json').read_text())['t_init'] == 625     # the paper's, if nothing else is said
 
 
 @pytest.mark.parametrize('processor, dtype', [(AttnProcessor2_0, torch.float32), (XFormersAttnProcessor, torch.float16)])

@@ -215,6 +215,9 @@ def test_sample_draws_with_the_teacher_and_from_a_file(run, teacher):
     text = Image.open(folder / 'drawn' / '000001.png').text
     assert text['prompt'] == 'a blue ring' and text['seed'] == '1' and text['kappa'] == '2.0' and text['teacher_steps'] == '3'
     assert 't_init' not in text                 # that is the generator's
+    config = sid_lsg.SampleConfig(texts=('x',), teacher=str(teacher), teacher_steps=2, out=str(folder / 'as_told'))
+    sid_lsg.open_sample(config)
+    assert config.kappa == 1.5                  # as --help says
 
 
 @pytest.mark.parametrize('precision', ['bf16', 'fp16'])
