@@ -1,11 +1,13 @@
 """The method: schedule, guidance, generator, both losses, draws, accumulation, EMA."""
 
 import dataclasses
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import fid
 import sid_lsg
@@ -304,3 +306,35 @@ def test_pixels_are_quantised_as_the_official_code_does():
     """(x 127.5 + 128), clipped, cut: -0.75 becomes 32 (the common (x + 1) 127.5 would give 31)."""
     x = torch.tensor([-2.0, -1.0, -0.75, 0.0, 1.0, 3.0]).reshape(1, 1, 1, 6).expand(1, 3, 1, 6)
     assert sid_lsg.to_uint8(x)[0, 0, :, 0].tolist() == [0, 0, 32, 128, 255, 255]
+
+
+def test_a_grid_shows_every_picture_whole_in_its_place_over_its_label():
+    side, columns = 32, 3
+    images = np.random.default_rng(0).integers(0, 255, (5, side, side, 3), dtype=np.uint8)
+    grid = np.asarray(sid_lsg.make_grid(list(images), ['a red ring', '', 'x', 'x', 'y'], columns))
+    cell = 4 * side                             # enlarged to 128, unsmoothed
+    high = (grid.shape[0] - 8) // 2
+    labels = []
+    for i, image in enumerate(images):
+        y, x = 8 + i // columns * high, 8 + i % columns * (cell + 8)
+        assert np.array_equal(grid[y:y + cell:4, x:x + cell:4], image)
+        assert np.array_equal(grid[y + 3:y + cell:4, x + 3:x + cell:4], image)
+        labels.append((grid[y + cell:y + high, x:x + cell] < 128).any((0, 2)).sum())        # columns with ink
+    assert labels[0] > labels[2] == labels[3] > labels[1] == 0 and labels[4] > 0
+    assert grid.shape[1] == 8 + columns * (cell + 8)
+    assert (grid[:8] == 255).all() and (grid[:, :8] == 255).all()
+
+
+def test_curves_rise_where_the_numbers_do(tmp_path):
+    """Two panels: up is more, right is later; a single spike does not flatten the rest."""
+    rows = [dict(images=8 * i, seconds=i, loss_G=float(i), w=None if i == 3 else 200.0 - i) for i in range(1, 200)]
+    rows[25]['loss_G'] = 1e9
+    (tmp_path / 'log.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    sid_lsg.draw_curves(tmp_path / 'log.jsonl', tmp_path / 'curves.png')
+    sheet = np.asarray(Image.open(tmp_path / 'curves.png')).astype(int)
+    assert sheet.shape == (120, 640, 3)
+    for panel, rises in ((sheet[:, :320], True), (sheet[:, 320:], False)):
+        y, x = np.nonzero((panel == [0, 0, 128]).all(2))
+        first, last = y[x < x.min() + 20].mean(), y[x > x.max() - 20].mean()
+        assert (first - last > 60) == rises and (last - first > 60) != rises
+        assert x.max() - x.min() > 250 and 20 < y.min() and y.max() < 110
