@@ -109,6 +109,7 @@ class TrainConfig:
     fake_lr: float = option(1e-6, 'learning rate of the fake score net')
     lr_end: float = option(1.0, 'share of both learning rates that is left at the end, falling linearly')
     ema_kimg: float = option(50.0, 'half-life of the generator\'s average in thousand images')
+    ema_rampup: float = option(0.05, 'that half-life is at most this share of the images seen so far')
     seed: int = option(0, 'every random draw follows from it')
 
     out: str = option('', 'run folder to make (default: the next free runs/NNN)', group='the run folder',
@@ -382,8 +383,8 @@ def update(optimizer, clip=math.inf):
 
 
 def ema_beta(config, seen):
-    """Weight of the old average after `seen` images: half-life ema_kimg, at first a 20th of `seen`."""
-    halflife = min(config.ema_kimg * 1000, seen * 0.05)
+    """Weight of the old average after `seen` images: half-life ema_kimg, at first ema_rampup of `seen`."""
+    halflife = min(config.ema_kimg * 1000, config.ema_rampup * seen)
     return 0.5 ** (config.batch / max(halflife, 1e-8))
 
 

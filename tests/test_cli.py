@@ -403,8 +403,8 @@ def test_help_is_grouped_and_says_every_default(command, groups, capsys):
 
 def test_the_default_settings_are_the_papers():
     c = sid_lsg.TrainConfig()
-    assert (c.lr, c.fake_lr, c.lr_end, c.batch, c.alpha, c.t_init, c.t_min, c.t_max, c.ema_kimg, c.kappa) == \
-        (1e-6, 1e-6, 1.0, 512, 1.0, 625, 20, 980, 50.0, (1.5,))
+    assert (c.lr, c.fake_lr, c.lr_end, c.batch, c.alpha, c.t_init, c.t_min, c.t_max, c.ema_kimg, c.ema_rampup,
+            c.kappa) == (1e-6, 1e-6, 1.0, 512, 1.0, 625, 20, 980, 50.0, 0.05, (1.5,))
 
 
 class Copies(TorchDispatchMode):

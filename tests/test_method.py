@@ -222,6 +222,7 @@ def test_average_follows_the_published_half_life():
     assert sid_lsg.ema_beta(c, 0) == 0.0        # the first average is the first generator
     assert sid_lsg.ema_beta(c, 100_000) == pytest.approx(0.5 ** (512 / 5_000))
     assert sid_lsg.ema_beta(c, 10_000_000) == pytest.approx(0.5 ** (512 / 50_000))
+    assert sid_lsg.ema_beta(config(ema_rampup=0.3, batch=512), 100_000) == pytest.approx(0.5 ** (512 / 30_000))
     average, G = tiny_unet(0), tiny_unet(1)
     before = average.conv_in.weight.detach().clone()
     sid_lsg.update_average(average, G, 0.9)
