@@ -48,7 +48,8 @@ VIT_G = ('CLIP ViT-g-14', '5.47 GB', '11b3bb58ac0f84f8bce59c4551038a0b288372869e
          'https://huggingface.co/laion/CLIP-ViT-g-14-laion2B-s12B-b42K/resolve/main/'
          'open_clip_pytorch_model.safetensors')
 BROKEN = (KeyError, IndexError, TypeError, ValueError, OSError, RuntimeError, AssertionError, EOFError,
-          UnpicklingError, SafetensorError, zipfile.BadZipFile, zlib.error)     # what reading raises
+          AttributeError, UnpicklingError, SafetensorError, zipfile.BadZipFile,
+          zlib.error)                                                 # what reading raises
 
 
 def check(condition, sentence):
@@ -290,11 +291,11 @@ class Moments:
 
     @property
     def mu(self):
+        check(self.n > 1, f'expected 2 pictures or more, for a covariance, found {self.n}')
         return self.sum / self.n
 
     @property
     def sigma(self):        # over N - 1, as in the tables; the number while training has N, 2e-4 less
-        check(self.n > 1, f'expected 2 pictures or more, for a covariance, found {self.n}')
         return (self.product - self.n * np.outer(self.mu, self.mu)) / (self.n - 1)
 
 
@@ -330,9 +331,9 @@ def load_stats(path):
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)); mu (D,), sigma (D, D), float64; a float.
 
-    The trace of the root comes from symmetric eigenvalues: with S1 = A A^T, the eigenvalues of S1 S2
-    are those of A^T S2 A, real and not negative. scipy.linalg.sqrtm of the product is slower, and goes
-    complex or astray when a covariance is singular (scipy issues 19415 and 20178)."""
+    The trace of the root comes from symmetric eigenvalues: with one of the two A A^T, the eigenvalues of
+    S1 S2 are those of A^T (the other) A, real and not negative. scipy.linalg.sqrtm of the product is
+    slower, and goes complex or astray when a covariance is singular (scipy issues 19415 and 20178)."""
     check(mu1.shape == mu2.shape and sigma1.shape == sigma2.shape,
           f'expected two statistics of one dimension, found {len(mu1)} and {len(mu2)}')
     try:        # A from Cholesky's factors of the second: half the time, where it has full rank

@@ -20,7 +20,10 @@ arXiv 2404.04057 (SiD).
     x_g = G(z, c)    | x_g       | (B, 4, 64, 64)         | latent made by the generator in one step
     t                | t         | (B,)                   | step of the diffusion, uniform in [20, 979]
     epsilon          | eps       | (B, 4, 64, 64)         | standard normal noise
-    a_t, sigma_t     | ALPHA[t], SIGMA[t]                 | x_t = a_t x_g + sigma_t eps
+    a_t, sigma_t     | ALPHA[t], SIGMA[t]                 | the noise schedule
+    x_t              | x_t       | (B, 4, 64, 64)         | a_t x_g + sigma_t eps
+    s                | t_init    |                        | step at which the generator works, 625
+    epsilon hat      | eps_hat   | (B, 4, 64, 64)         | noise in x_t as a net predicts it, guided
     f_phi(x_t, c)    | x_phi     | (B, 4, 64, 64)         | x_g as the teacher would restore it from x_t
     f_psi(x_t, c)    | x_psi     | (B, 4, 64, 64)         | x_g as the fake score net would
     kappa_1          | kappa[0]  |                        | guidance of fake while it learns
@@ -28,7 +31,7 @@ arXiv 2404.04057 (SiD).
     kappa_4          | kappa[2]  |                        | guidance of teacher in the generator's loss
     alpha            | alpha     |                        | how far the loss corrects for psi's own error
 
-Read train(), then the six functions right above it. All three nets start as copies of the teacher.
+Read train(), then the six functions right above it. G, ema and fake start as copies of the teacher.
 """
 
 import argparse
@@ -64,6 +67,7 @@ import clip_text
 import fid
 import unet
 import vae as vae_module
+from fid import check
 
 TINY_TEACHER = Path(__file__).resolve().parent / 'tests' / 'tiny_sd'
 
@@ -103,7 +107,7 @@ class TrainConfig:
     drop: float = option(0.1, 'share of prompts made empty while the fake net learns, '
                          'if kappa1 or kappa2 is not 1')
 
-    kimg: float = option(10_000.0, 'length in thousand images', group='the optimisation')
+    kimg: float = option(8_806.0, 'length in thousand images', group='the optimisation')
     batch: int = option(512, 'images an iteration, over all processes')
     lr: float = option(1e-6, 'learning rate of the generator')
     fake_lr: float = option(1e-6, 'learning rate of the fake score net')
@@ -115,7 +119,8 @@ class TrainConfig:
     out: str = option('', 'run folder to make (default: the next free runs/NNN)', group='the run folder',
                       metavar='FOLDER')
     resume: str = option('', 'run folder to go on with, by its own settings; only length, intervals, FID, '
-                         'device, micro-batch and what saves memory may be given anew', metavar='FOLDER')
+                         'device, --micro-batch, --checkpoint, --ema-device and --compile may be '
+                         'given anew', metavar='FOLDER')
     grid_kimg: float = option(100.0, 'thousand images between picture grids, '
                               'with each of which the generator is saved')
     log_seconds: float = option(5.0, 'seconds between status lines')
@@ -133,7 +138,8 @@ class TrainConfig:
     fid_weights: str = option('', 'Inception weights (default: as fid.py finds them)', metavar='FILE')
 
     device: str = DEVICE
-    precision: str = option('fp32', 'fp32, or autocast to bf16 or fp16 over fp32 weights',
+    precision: str = option('fp32', 'fp32, or autocast to bf16 or fp16 over fp32 weights '
+                            '(those of the teacher, which never change, in bf16)',
                             choices=[*DTYPES])
     micro_batch: int = option(0, 'images at a time on each device, whose gradients add up to the '
                               'batch\'s (default: all that is its part)')
@@ -202,13 +208,19 @@ ALPHA, SIGMA = schedule()
 
 @functools.lru_cache
 def copy_on(device, table):
-    """ALPHA or SIGMA on a device, copied once: the host waits for a copy, and all that is before it."""
+    """ALPHA or SIGMA on a device, copied once: a copy makes the host wait for all work that is queued."""
     return table.to(device)
 
 
 def at(table, t):
     """Entries (B, 1, 1, 1) or (1, 1, 1, 1) of ALPHA or SIGMA at steps t (B,) or ()."""
     return copy_on(t.device, table)[t].reshape(-1, 1, 1, 1)
+
+
+def nan_samples(*tensors):
+    """(B, 1, 1, 1) bool: the samples with a NaN in any of the tensors, which a loss leaves out."""
+    return torch.stack(
+        [x.detach().isnan().flatten(1).any(1) for x in tensors]).any(0)[:, None, None, None]
 
 
 def add_noise(x0, eps, t):
@@ -222,11 +234,12 @@ def predict_x0(eps_hat, x_t, t):
 
 
 def guided(net, x_t, t, context, null, kappa):
-    """Noise eps(null) + kappa (eps(c) - eps(null)) at x_t (B, 4, H, W), float32.
+    """Noise eps(null) + kappa (eps(c) - eps(null)) in x_t (B, 4, H, W), float32; kappa_1 ... kappa_4 of
+    long and short guidance are its kappa in train().
 
-    context (B, 77, D), null (1, 77, D). One call for both texts, [null, c]; kappa 1 is c's half alone,
-    kappa 0 null's, each at half the cost. Where a prompt was dropped, c is null and guidance changes
-    nothing."""
+    context (B, 77, D), null (1, 77, D). One call for both texts, [null, c]: a net given 2 B texts takes
+    its B latents twice. kappa 1 needs c alone, kappa 0 null, at half the cost. Where a prompt was
+    dropped, c is null and guidance changes nothing."""
     null = null.expand_as(context)
     if kappa == 1 or kappa == 0:
         return net(x_t, t, context if kappa == 1 else null).float()
@@ -235,7 +248,8 @@ def guided(net, x_t, t, context, null, kappa):
 
 
 def generate(G, z, context, t_init=625, steps=1, fresh=torch.randn_like):
-    """x_g (B, 4, H, W) from z of that shape: in one step, G's x_0 at t_init of the pure noise sigma z.
+    """x_g (B, 4, H, W) from z of that shape: (sigma_s z - sigma_s G(sigma_s z, s, c)) / a_s, s = t_init,
+    that is G's x_0 at step s of pure noise (official sid_sd_util.py 186-204).
 
     With more steps (the official code shows 2 and 4), step i noises the result to
     int(t_init (1 - i / steps)) with new noise, `fresh(z)`, and restores it again."""
@@ -247,27 +261,22 @@ def generate(G, z, context, t_init=625, steps=1, fresh=torch.randn_like):
     return x_g
 
 
-def nan_samples(*tensors):
-    """(B, 1, 1, 1) bool: the samples with a NaN in any of the tensors, which a loss leaves out."""
-    return torch.stack(
-        [x.detach().isnan().flatten(1).any(1) for x in tensors]).any(0)[:, None, None, None]
-
-
 def fake_score_loss(fake, x_g, t, eps, context, null, kappa):
     """Sum over pixels / B of |eps_hat - eps|^2; kappa_1 guides eps_hat, gradient through both halves.
 
-    x_g (B, 4, H, W) carries no gradient: this is plain diffusion training on the generator's pictures."""
+    For kappa_1 = 1 this is plain diffusion training on the generator's pictures; else what learns them is
+    the guided prediction. x_g (B, 4, H, W) carries no gradient."""
     eps_hat = guided(fake, add_noise(x_g, eps, t), t, context, null, kappa)
     error = (eps_hat - eps).masked_fill(nan_samples(eps_hat), 0)
     return error.square().sum() / len(x_g)
 
 
 def generator_loss(x_g, x_phi, x_psi, alpha):
-    """Sum over pixels / B of (x_phi - x_psi) ((x_phi - x_g) - alpha (x_phi - x_psi)) / w.
+    """Sum over pixels / B of (x_phi - x_psi) ((x_phi - x_g) - alpha (x_phi - x_psi)) / w: the loss of SiD
+    (arXiv 2404.04057), here of guided predictions.
 
-    All (B, 4, H, W), all with gradient: through x_t it flows into both nets and on to the generator,
-    which is where SiD differs from DMD. Only the weight w = mean |x_g - x_phi|, per sample and at least
-    1e-5, carries none."""
+    All (B, 4, H, W), all with gradient: through x_t it flows into both nets and on to the generator. Only
+    the weight w = mean |x_g - x_phi|, per sample and at least 1e-5, carries none."""
     leave_out = nan_samples(x_g, x_phi, x_psi)
     difference = (x_phi - x_psi).masked_fill(leave_out, 0)
     residual = (x_phi - x_g).masked_fill(leave_out, 0)
@@ -281,12 +290,12 @@ def train(config):
     teacher, G, ema, fake, null = run.teacher, run.G, run.ema, run.fake, run.null
     kappa1, kappa2, kappa4 = config.kappa
     drop = config.drop if (kappa1, kappa2) != (1, 1) else 0.0
+    share = config.micro_batch / config.batch
 
     for iteration in range(run.first, run.iterations):
         # psi-step: the fake score net learns to denoise what the generator makes at present.
         fake.requires_grad_(True)
         for rows in run.micro_batches:
-            share = len(rows) / config.batch
             context, z, t, eps = run.draw(iteration, 0, rows, drop)
             with autocast(config.precision, run.device):
                 with torch.no_grad():           # no gradient from this loss to the generator
@@ -299,7 +308,6 @@ def train(config):
         # theta-step: the generator moves to where fake and teacher restore its pictures alike.
         fake.requires_grad_(False)              # weights rest; gradients pass to its INPUT, as in teacher
         for rows in run.micro_batches:
-            share = len(rows) / config.batch
             context, z, t, eps = run.draw(iteration, 1, rows)
             with autocast(config.precision, run.device):
                 x_g = generate(G, z, context, config.t_init)
@@ -336,8 +344,8 @@ class Adam:
     @torch.no_grad()
     def step(self):
         gradients = [p.grad for p in self.parameters]
-        # In the first moments' place, too. Fused is one kernel, which needs no memory beside its arguments
-        # and counts the steps of each tensor by itself.
+        # The gradients stand for the first moments, too: beta_1 = 0 makes Adam overwrite these with them.
+        # Fused is one kernel, which needs no memory beside its arguments and counts the steps itself.
         adam(self.parameters, gradients, gradients, self.squares, [], self.steps, fused=True,
              amsgrad=False, beta1=0.0, beta2=0.999, lr=self.lr, weight_decay=0.0, eps=self.eps,
              maximize=False)
@@ -497,7 +505,7 @@ class Run:
 
     def __init__(self, config):
         self.config = config
-        (self.teacher, self.vae, self.encode, self.prompts, self.shape, self.out,
+        (self.teacher, self.vae, self.encode, self.prompts, self.shape, self.scoring, self.out,
          self.device) = open_run(config)
         self.null = self.encode([''])
         many = dist.is_initialized()
@@ -508,11 +516,10 @@ class Run:
         self.ema.to(config.ema_device or self.device)
         if config.precision == 'bf16':          # its weights never change, so they need no fp32
             self.teacher.to(torch.bfloat16)
-        if config.checkpoint:
-            for net in (self.teacher, self.G, self.fake):
+        for net in (self.teacher, self.G, self.fake):
+            if config.checkpoint:
                 recompute_in_backward(net)
-        if config.compile:
-            for net in (self.teacher, self.G, self.fake):
+            if config.compile:
                 net.compile(dynamic=False)
         eps = 1e-6 if config.precision == 'fp16' else 1e-8
         self.optimizers = dict(G=Adam(self.G.parameters(), config.lr, eps),
@@ -521,12 +528,6 @@ class Run:
         self.first, self.iterations = 0, math.ceil(config.kimg * 1000 / config.batch)
         self.log = Log(config, self.out, self.rank == 0)
         with user_errors():
-            if config.fid_stats:
-                self.stats = fid.load_stats(config.fid_stats)
-                check(self.stats, f'expected statistics by fid.py in {config.fid_stats}, found none')
-                self.inception = fid.load_inception(config.fid_weights or fid.default_weights())
-                self.inception.to(self.device)
-                self.captions = read_prompts(config.fid_prompts) if config.fid_prompts else self.prompts
             if config.progress_samples and self.rank == 0:
                 began = time.time()
                 self.progress = self.latent_moments(lambda z, fresh, context: ddim(
@@ -561,26 +562,31 @@ class Run:
         signal.signal(number, self.handlers[number])
 
     def end_iteration(self, iteration):
-        """Log, pictures, state, as they are due. Returns whether the run was interrupted."""
-        config, seen = self.config, (iteration + 1) * self.config.batch
+        """Log, pictures, state, as they are due. Returns whether the run was interrupted.
+
+        A signal that comes in here counts after the next iteration, so that a state is saved for it."""
+        config, seen, told = self.config, (iteration + 1) * self.config.batch, self.interrupted
         if dist.is_initialized():               # all stop if one was told to
-            told = torch.tensor(self.interrupted)
-            dist.all_reduce(told, op=dist.ReduceOp.MAX)
-            self.interrupted = told.item()
-        last = self.interrupted or iteration == self.iterations - 1
+            most = torch.tensor(told)
+            dist.all_reduce(most, op=dist.ReduceOp.MAX)
+            told = most.item()
+            self.interrupted = told or self.interrupted
+        last = told or iteration == self.iterations - 1
         pictures = seen >= config.kimg * 1000 or crosses(config.grid_kimg * 1000, seen, config.batch)
         state = last or crosses(config.save_every * 1000, seen, config.batch)
         with user_errors():
             self.log.end(seen, pictures or state)
-            if pictures and self.rank == 0:
-                self.save_pictures(seen)
-            # Not when interrupted: ten thousand pictures are more than a machine about to vanish grants.
-            if config.fid_stats and not self.interrupted and (
-                    last or crosses(config.fid_every * 1000, seen, config.batch)):
-                self.score(seen)
-            if state and self.rank == 0:
-                self.save_state(seen)
-        return bool(self.interrupted)
+            try:
+                if pictures and self.rank == 0:
+                    self.save_pictures(seen)
+                # Not when interrupted: ten thousand pictures are more than a machine about to vanish grants.
+                if config.fid_stats and not told and (
+                        last or crosses(config.fid_every * 1000, seen, config.batch)):
+                    self.score(seen)
+            finally:                            # whatever becomes of pictures and score
+                if state and self.rank == 0:
+                    self.save_state(seen)
+        return bool(told)
 
     def one_step(self, z, fresh, context):
         return generate(self.ema, z, context, self.config.t_init)
@@ -610,14 +616,14 @@ class Run:
     @torch.no_grad()
     def score(self, seen):
         """FID of the average, its pictures shared among the processes, as a row of the log."""
-        began, moments = time.time(), fid.Moments()
+        began, moments, (stats, inception, captions) = time.time(), fid.Moments(), self.scoring
         self.ema.to(self.device)
-        preset = self.stats['preset'] or 'clean'
+        preset = stats['preset'] or 'clean'
         for rows in torch.arange(self.config.fid_num)[self.rank::self.world].split(16):
-            context = self.encode([self.captions[i % len(self.captions)] for i in rows.tolist()])
+            context = self.encode([captions[i % len(captions)] for i in rows.tolist()])
             with autocast(self.config.precision, self.device):
                 images = draw_pictures(self.one_step, self.vae, context, rows.tolist(), self.shape)
-            moments.add(fid.features(self.inception, images, preset))
+            moments.add(fid.features(inception, images, preset))
         self.ema.to(self.config.ema_device or self.device)
         if dist.is_initialized():
             n, total, product = (torch.as_tensor(x, dtype=torch.float64)
@@ -627,7 +633,7 @@ class Run:
             moments = fid.Moments()
             moments.merge(int(n), total.numpy(), product.numpy())
         if self.rank == 0:
-            value = fid.frechet_distance(moments.mu, moments.sigma, self.stats['mu'], self.stats['sigma'])
+            value = fid.frechet_distance(moments.mu, moments.sigma, stats['mu'], stats['sigma'])
             print(f'{seen:8d} images  FID {value:.4f}, {preset}, of {moments.n} pictures', flush=True)
             self.log.note(seen, fid=round(value, 4), fid_seconds=round(time.time() - began, 2))
 
@@ -905,7 +911,7 @@ def convert(config):
               f'{source} has {biggest[0]:g} in the tensor {biggest[1]}, more than fp16 holds; '
               'use --precision fp32')
         new = target.with_name(target.name + '.tmp')
-        remove(new)
+        check(not new.exists(), f'{new} is in the way, perhaps of a convert that was killed; remove it')
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             if single:
@@ -913,6 +919,7 @@ def convert(config):
             elif teacher:
                 tokenizer = clip_text.load_tokenizer(
                     config.tokenizer or facts.get('tokenizer') or teacher)
+                check_parts(text, tokenizer, net, teacher)
                 write_pipeline(new, net, vae, text, tokenizer, dtype, 'DDPM' if student else 'DDIM')
             else:
                 unet.save(net, new / 'unet', dtype)
@@ -1030,34 +1037,25 @@ def read_official_pickle(file):
 
 
 # ---------------------------------------------------------------------------------------------------
-# The door: what a user can get wrong is found here, before any work, and answered in one sentence
+# Nets on a device
 
-@contextlib.contextmanager
-def user_errors():
-    """Turns what is wrong with files, settings or numbers into a sentence and exit code 2.
-
-    It goes around opening and saving, never around an iteration."""
+def usable_device(name, option='--device'):
+    """The torch.device of that name. ValueError where this torch or machine has none."""
     try:
-        yield
-    except (ValueError, OSError, SafetensorError, FloatingPointError) as error:
-        print(f'sid_lsg: {error}', file=sys.stderr)
-        sys.exit(2)
-
-
-def check(condition, sentence):
-    if not condition:
-        raise ValueError(sentence)
+        device = torch.device(name)
+        if device.type != 'cuda':               # a GPU's memory is left alone: each process has its own GPU
+            torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f'expected a device that this torch can use, such as cuda, cuda:1 or cpu, got '
+                         f'{option} {name}') from None
+    check(device.type != 'cuda' or (device.index or 0) < torch.cuda.device_count(),
+          f'{option} {name} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices; '
+          f'leave {option} out to use what is there, or install a CUDA build of torch')
+    return device
 
 
 def choose_device(name):
-    name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f'expected a device such as cuda, cuda:1 or cpu, got --device {name}') from None
-    check(device.type != 'cuda' or (device.index or 0) < torch.cuda.device_count(),
-          f'--device {name} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices; '
-          'leave --device out to use what is there, or install a CUDA build of torch')
+    device = usable_device(name or ('cuda' if torch.cuda.is_available() else 'cpu'))
     if device.type == 'cuda' and device.index is None and 'LOCAL_RANK' in os.environ:      # torchrun
         device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
     # fp32 is fp32, as in the published runs; torch's default is TF32 in convolutions.
@@ -1109,18 +1107,46 @@ def place(net, device, dtype=torch.float32):
     return net
 
 
-def load_parts(path, device, tokenizer='', dtype=torch.float32, stored=torch.float32):
+def check_parts(text, tokenizer, net, path):
+    """ValueError where the text encoder of the checkpoint `path` fits the tokenizer or the UNet not."""
+    words, width = text.text_model.embeddings.token_embedding.weight.shape
+    end = min(words, 49408) - 1         # tokens that a fine-tuning added come after CLIP's, and are not used
+    check(tokenizer.end == end, f'expected the tokenizer of {path}, whose end token is {end}, found one with '
+                                f'{tokenizer.end}; give --tokenizer, the folder of its own')
+    takes = net.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.in_features
+    check(width == takes, f'expected text states of {takes} numbers for this UNet, found {width} in {path}; '
+                          'give --teacher, the checkpoint that it was made from')
+
+
+def load_parts(path, device, net=None, tokenizer='', dtype=torch.float32, stored=torch.float32):
     """The VAE and `encode` of a checkpoint: encode(list of B str) -> context (B, 77, D) on the device.
 
-    Its tokenizer is third; `tokenizer` may name another one's folder. They compute in dtype; `stored` is
-    what they are loaded in, None for the file's own."""
+    Its tokenizer is third; `tokenizer` may name another one's folder. They shall fit the UNet `net`. They
+    compute in dtype; `stored` is what they are loaded in, None for the file's own."""
     tokenizer = clip_text.load_tokenizer(tokenizer or path)
     vae, text = (place(part.load(path, stored), device, dtype) for part in (vae_module, clip_text))
+    if net:
+        check_parts(text, tokenizer, net, path)
 
     @torch.no_grad()
     def encode(texts):
         return text(send(tokenizer(texts), device))
     return vae, encode, tokenizer
+
+
+# ---------------------------------------------------------------------------------------------------
+# The door: what a user can get wrong is found here, before any work, and answered in one sentence
+
+@contextlib.contextmanager
+def user_errors():
+    """Turns what is wrong with files, settings or numbers into a sentence and exit code 2.
+
+    It goes around opening, measuring and saving, never around the two steps of an iteration."""
+    try:
+        yield
+    except (ValueError, OSError, SafetensorError, FloatingPointError) as error:
+        print(f'sid_lsg: {error}', file=sys.stderr)
+        sys.exit(2)
 
 
 def read_prompts(path, tokenizer=None):
@@ -1212,6 +1238,20 @@ def check_numbers(config, world):
           f'got {config.progress_samples}')
 
 
+def open_scoring(config, prompts, device):
+    """For FID while training: statistics to compare with, Inception, and the captions to draw."""
+    stats, path = fid.load_stats(config.fid_stats), config.fid_stats
+    check(stats and len(stats['mu']) == 2048 and stats['preset'] in ('', *fid.PRESETS),
+          f'expected statistics of Inception\'s 2,048 features by fid.py --save-stats in {path}, found '
+          + (f'{len(stats["mu"])} features, preset {stats["preset"] or "unknown"}' if stats else 'none'))
+    inception = fid.load_inception(config.fid_weights or fid.default_weights()).to(device)
+    if stats['weights_sha256'] not in ('', inception.sha256):
+        fid.warn(f'{path} was measured with another file of weights')
+    if not stats['preset']:
+        fid.warn(f'{path} does not say how its pictures were resized; clean is assumed')
+    return stats, inception, read_prompts(config.fid_prompts) if config.fid_prompts else prompts
+
+
 def open_run(config):
     """Check every setting, load the teacher and its parts, make or find the run folder.
 
@@ -1226,15 +1266,18 @@ def open_run(config):
         config.micro_batch = config.micro_batch or max(config.batch // world, 1)
         check_numbers(config, world)
         device = choose_device(config.device)
+        if config.ema_device:
+            usable_device(config.ema_device, '--ema-device')
         if world > 1:
             if device.type == 'cuda':
                 torch.cuda.set_device(device)
             dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo')
         first = not dist.is_initialized() or dist.get_rank() == 0
         teacher = place(unet.load(config.teacher), device)
-        vae, encode, tokenizer = load_parts(config.teacher, device, config.tokenizer)
+        vae, encode, tokenizer = load_parts(config.teacher, device, teacher, config.tokenizer)
         shape = latent_shape(config.size, teacher, vae)
         prompts = read_prompts(config.prompts or Path(config.teacher) / 'prompts.txt', tokenizer)
+        scoring = open_scoring(config, prompts, device) if config.fid_stats else None
         out = Path(config.resume) if config.resume else None
         if first and not config.resume:
             out = new_folder(config.out, 'runs', 'config.json')
@@ -1243,7 +1286,7 @@ def open_run(config):
         print(f'Distilling {config.teacher} ({sum(p.numel() for p in teacher.parameters()) / 1e6:.1f} '
               f'M weights) into {out} on {device} in {config.precision}: kappa {config.kappa}, '
               f'{len(prompts)} prompts, {config.kimg:g} thousand images', flush=True)
-    return teacher, vae, encode, prompts, shape, out, device
+    return teacher, vae, encode, prompts, shape, scoring, out, device
 
 
 def parse_seeds(text):
@@ -1251,8 +1294,10 @@ def parse_seeds(text):
     seeds = []
     for part in text.split(','):
         first, dash, last = part.strip().partition('-')
-        check(first.isdecimal() and (last.isdecimal() or not dash) and int(last or first) < 2 ** 64,
-              f'expected --seeds as numbers below 2^64 and ranges such as 0-7,42, got {text}')
+        check(first.isdecimal() and (last.isdecimal() or not dash)
+              and int(first) <= int(last or first) < min(2 ** 64, int(first) + 10 ** 6),
+              'expected --seeds as numbers below 2^64 and ranges from low to high, of a million at most, '
+              f'such as 0-7,42, got {text}')
         seeds += range(int(first), int(last or first) + 1)
     return seeds
 
@@ -1294,6 +1339,7 @@ def open_sample(config):
                   '--teacher-steps draws with the teacher: leave out --steps and --generator')
             folder = config.teacher = config.teacher or str(TINY_TEACHER)
             config.kappa = 1.5 if config.kappa is None else config.kappa
+            check(math.isfinite(config.kappa), f'expected a finite number for --kappa, got {config.kappa}')
             facts = dict(generator=folder, teacher_steps=config.teacher_steps, kappa=config.kappa)
         else:
             check(config.kappa is None, '--kappa guides the teacher, with --teacher-steps; '
@@ -1307,7 +1353,7 @@ def open_sample(config):
         dtype = arithmetic(DTYPES[config.precision], device)
         stored = None if device.type == 'cpu' and not config.compile else dtype
         net = place(unet.load(folder, stored), device, dtype)
-        vae, encode, tokenizer = load_parts(config.teacher, device, config.tokenizer, dtype, stored)
+        vae, encode, tokenizer = load_parts(config.teacher, device, net, config.tokenizer, dtype, stored)
         shape = latent_shape(config.size, net, vae)
         warn_of_cuts(config.texts, tokenizer)
         texts = [*config.texts, *(read_prompts(config.prompts, tokenizer) if config.prompts else [])]
@@ -1315,7 +1361,9 @@ def open_sample(config):
         seeds = parse_seeds(config.seeds) if config.seeds else None
         jobs = ([(text, seed) for text in texts for seed in seeds] if seeds
                 else [(text, i) for i, text in enumerate(texts)])
-        facts = {name: str(value) for name, value in {**facts, 'size': shape[1] * vae.factor}.items()}
+        facts |= dict(teacher=full_path(config.teacher), precision=config.precision,
+                      size=shape[1] * vae.factor)
+        facts = {name: str(value) for name, value in facts.items()}
         out = Path(config.out) if config.out else new_folder('', 'samples', '*.png')
         out.mkdir(parents=True, exist_ok=True)
         todo = [i for i in range(int(os.environ.get('RANK', 0)), len(jobs), world)
@@ -1330,12 +1378,15 @@ def drawn(path, **facts):
     if not path.is_file():
         return False
     with Image.open(path) as image:
-        text = image.text
+        text = getattr(image, 'text', {})       # another format than PNG has none
     other = [name for name, value in facts.items() if text.get(name) != value]
     check(not other, f'{path} is there already, with another {" and ".join(other)}; '
                      'nothing was overwritten, give another --out')
     return True
 
+
+# ---------------------------------------------------------------------------------------------------
+# The command line
 
 # What may change when a run goes on: its length, what is shown and saved when, and what holds it.
 FREE = ('resume', 'kimg', 'grid_kimg', 'log_seconds', 'save_every', 'micro_batch', 'device', 'checkpoint',
@@ -1404,10 +1455,10 @@ def main(arguments=None):
         config = make_config(kind, given)
     try:
         run(config)
-    except torch.OutOfMemoryError:
-        print(f'sid_lsg: the device is out of memory; {less_memory(config)}', file=sys.stderr)
-        sys.exit(2)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or 'DefaultCPUAllocator' in str(error):
+            print(f'sid_lsg: the device is out of memory; {less_memory(config)}', file=sys.stderr)
+            sys.exit(2)
         if isinstance(error, dist.DistError) or 'gloo' in str(error):
             print('sid_lsg: another process of this run was lost, so it ends here; its last state is '
                   'kept: start all processes again with --resume '
@@ -1422,6 +1473,8 @@ def main(arguments=None):
 
 def less_memory(config):
     """The next thing to try, in order of what it costs."""
+    if isinstance(config, ConvertConfig):
+        return 'close other programs: all weights are held at once'
     if isinstance(config, SampleConfig):
         return f'try --batch {config.batch // 2}' if config.batch > 1 else 'try --precision bf16'
     if config.precision == 'fp32' and not config.resume:        # which it cannot change

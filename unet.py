@@ -26,7 +26,7 @@ from torch import nn
 
 
 def timestep_embedding(t, width):
-    """Integer t (B,) -> (B, width) float32: cosines then sines of t at geometric frequencies 1 ... 1e-4.
+    """Integer t (B,) -> (B, width) float32: cosines then sines of t at geometric frequencies from 1 down.
 
     The order [cos | sin] and the division by width/2 (not width/2 - 1) are util.py 161-166 (diffusers:
     flip_sin_to_cos, freq_shift 0). Always float32: t = 999 times a frequency needs its digits.
@@ -38,9 +38,9 @@ def timestep_embedding(t, width):
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def for_each_text(x, context):
-    """x (B, ...) as often, one copy after the other, as there are texts for it in context (B or 2 B, ...)."""
-    return x if len(x) == len(context) else torch.cat([x] * (len(context) // len(x)))
+def for_each_text(x, like):
+    """x (B, ...) if `like` has B rows, [x, x] if it has 2 B: a copy for each text of every latent."""
+    return x if len(x) == len(like) else torch.cat([x] * (len(like) // len(x)))
 
 
 class TimestepEmbedding(nn.Module):
@@ -272,7 +272,7 @@ class UNet(nn.Module):
     def forward(self, x, t, context):
         """The noise (B, 4, H, W) in latents x (B, 4, H, W) at steps t, given text states (B, L, D).
 
-        t is integer, (B,) or (), in [0, 999]. It is computed in the weights' dtype, or autocast's. With
+        t is integer, (B,) or (), in [0, 999]. The net computes in its weights' dtype, or autocast's. With
         2 B text states x is taken with the first B and again with the last B, the noise is (2 B, 4, H, W),
         and what comes before the first look at a text is computed once (for_each_text)."""
         dtype = self.conv_in.weight.dtype

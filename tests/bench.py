@@ -144,7 +144,11 @@ def make_folder(work, small):
         text = (clip_text.TextEncoder(width=32, layers=1, heads=4, hidden=64) if small
                 else clip_text.TextEncoder())
         net.sample_size = 8 if small else 64
-        sid_lsg.write_pipeline(folder, net, vae, text, clip_text.load_tokenizer(TINY), torch.float16, 'DDPM')
+        tiny = clip_text.load_tokenizer(TINY)           # and words that nobody says, up to CLIP's 49,408
+        words = [*sorted(tiny.vocab, key=tiny.vocab.get)[:-2], *(f'word {i}' for i in range(49408 - len(tiny.vocab))),
+                 '<|startoftext|>', '<|endoftext|>']
+        tokenizer = clip_text.Tokenizer({word: i for i, word in enumerate(words)}, tiny.merges)
+        sid_lsg.write_pipeline(folder, net, vae, text, tokenizer, torch.float16, 'DDPM')
         (folder / 'generator.json').write_text(json.dumps({'t_init': 625}))
         shutil.copy(TINY / 'prompts.txt', folder)
     return folder
@@ -191,9 +195,11 @@ def picture_flops(folder):
         return flops(lambda: vae.decode(net(x, t, context)))
 
 
-def training_flops(folder, kappa):
+def training_flops(folder, kappa, checkpoint=False):
     """Of one image. The fake net's loss goes back to its weights, the generator's through two nets to theirs."""
     net, _, x, t, context = meta(folder)
+    if checkpoint:
+        sid_lsg.recompute_in_backward(net)
 
     def there_and_back(weights, scale):
         net.requires_grad_(weights)
@@ -539,18 +545,21 @@ def sampling_row(table, args):
 
 def memory_row(table, args):
     """peak memory of training, option by option: counted, and on a GPU measured, where the largest that fits is sought"""
-    options, cuda = dict(precision='fp32'), table.device.type == 'cuda'
-    for more in ({}, dict(precision='bf16'), dict(ema_device='cpu'), dict(checkpoint=True), dict(batch=8)):
+    options, cuda = dict(precision='fp32', batch=1), table.device.type == 'cuda'
+    for checkpoint in (False, True):
+        count = training_flops(args.folder, (1.5, 1.5, 1.5), checkpoint)
+        print(f'an image {"with --checkpoint " * checkpoint}costs {count / 1e12:.4g} TFLOP', flush=True)
+    for more in ({}, dict(precision='bf16'), dict(batch=8), dict(checkpoint=True), dict(ema_device='cpu'), dict(batch=1)):
         options |= more
         state, peak = predicted_peak(args.folder, **options)
         measured = ''
         if cuda:
             free(table.device)
-            settings = {**options, 'micro_batch': options.get('batch', 1), 'batch': 2 * options.get('batch', 1)}
+            settings = {**options, 'micro_batch': options['batch'], 'batch': 2 * options['batch']}
             train(2, args.work, teacher=str(args.folder), device=str(table.device), **settings)
             most = torch.cuda.max_memory_allocated()
             measured = f', measured {most / 1e9:.1f}, ratio {most / peak:.2f} (bar 0.9 to 1.1)'
-        print(f'memory, {options}: weights, averages and gradients {state / 1e9:.1f} GB, counted at the peak '
+        print(f'memory, {options}: at rest {state / 1e9:.1f} GB, counted at the peak '
               f'{peak / 1e9:.1f}{measured}', flush=True)
     for size in (2 ** i for i in range(1, 12) if cuda):
         free(table.device)

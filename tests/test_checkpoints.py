@@ -37,7 +37,7 @@ import vae
 from test_nets import WIDTHS, assert_close, noise, randomise
 
 HERE = Path(__file__).parent
-TOKENIZER = HERE / 'tiny_sd' / 'tokenizer'                  # 601 words
+TOKENIZER = HERE / 'tiny_sd' / 'tokenizer'                  # 600 words
 MODULES = {'unet': unet, 'vae': vae, 'text_encoder': clip_text}
 STEMS = {'unet': 'diffusion_pytorch_model', 'vae': 'diffusion_pytorch_model', 'text_encoder': 'model'}
 
@@ -80,7 +80,7 @@ def nets():
             block_out_channels=WIDTHS, layers_per_block=2, latent_channels=4,
             down_block_types=['DownEncoderBlock2D'] * 4, up_block_types=['UpDecoderBlock2D'] * 4), 2),
         'text_encoder': randomise(CLIPTextModel(CLIPTextConfig(
-            vocab_size=601, hidden_size=48, intermediate_size=96, num_hidden_layers=12, num_attention_heads=12,
+            vocab_size=600, hidden_size=48, intermediate_size=96, num_hidden_layers=12, num_attention_heads=12,
             hidden_act='quick_gelu', bos_token_id=599, eos_token_id=600, pad_token_id=600)), 3)}
 
 

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench
 import clip_text
+import fid
 import sid_lsg
 import unet
 import vae
@@ -177,6 +178,8 @@ def test_sample_goes_on_where_it_was_cut_off_and_shares_work(run, tmp_path):
     pixels = [np.asarray(Image.open(tmp_path / 'all' / f'{i:06d}.png')).astype(int) for i in range(5)]
     (tmp_path / 'all' / '000003.png').unlink()
     kept = (tmp_path / 'all' / '000002.png').stat().st_mtime_ns
+    result = command(*ask, '--out', 'all', '--precision', 'bf16', cwd=tmp_path)
+    assert result.returncode == 2 and 'with another precision' in result.stderr
     result = command(*ask, '--out', 'all', cwd=tmp_path)
     assert result.stdout.split() == ['all/000003.png', 'all/grid.png'] and '4 of 5' in result.stderr
     assert (tmp_path / 'all' / '000002.png').stat().st_mtime_ns == kept
@@ -333,7 +336,12 @@ REFUSALS = {
     'kappa with two numbers': (['train', '--teacher', 'TEACHER', '--kappa', '1', '2'], 'one number, or three'),
     'batch and micro-batch': (['train', '--teacher', 'TEACHER', '--batch', '8', '--micro-batch', '3'], 'multiple of --micro-batch'),
     'device': (['train', '--teacher', 'TEACHER', '--device', 'abacus'], 'abacus'),
+    'device of another torch': (['train', '--teacher', 'TEACHER', '--device', 'xpu'], '--device xpu'),
+    'device of the average': (['train', '--teacher', 'TEACHER', '--ema-device', 'abacus'], '--ema-device abacus'),
     'precision': (['train', '--teacher', 'TEACHER', '--precision', 'fp8'], 'fp8'),
+    'tokenizer too large': (['train', '--teacher', 'TEACHER', '--tokenizer', 'many'], 'found one with 600; give --tokenizer'),
+    'tokenizer too small': (['train', '--teacher', 'TEACHER', '--tokenizer', 'few'], 'found one with 1; give --tokenizer'),
+    'statistics of another net': (['train', '--teacher', 'TEACHER', '--fid-stats', 'other.npz'], 'found 3 features, preset clean'),
     'steps out of range': (['train', '--teacher', 'TEACHER', '--t-init', '1000'], '--t-init 1000'),
     'negative seed': (['train', '--teacher', 'TEACHER', '--seed', '-1'], '--seed to be a whole number, 0 or more, got -1'),
     'endless length': (['train', '--teacher', 'TEACHER', '--kimg', 'inf'], '--kimg to be a finite number'),
@@ -348,6 +356,11 @@ REFUSALS = {
     'no generator yet': (['sample', 'a red star'], 'train'),
     'no prompt': (['sample', '--teacher', 'TEACHER', '--teacher-steps', '2'], 'expected a prompt'),
     'seeds': (['sample', 'x', '--teacher', 'TEACHER', '--teacher-steps', '2', '--seeds', '1-'], '1-'),
+    'seeds backwards': (['sample', 'x', '--teacher', 'TEACHER', '--teacher-steps', '2', '--seeds', '7-0'], 'from low to high'),
+    'seeds without end': (['sample', 'x', '--teacher', 'TEACHER', '--teacher-steps', '2', '--seeds', '0-99999999999'], 'a million at most'),
+    'kappa of no number': (['sample', 'x', '--teacher', 'TEACHER', '--teacher-steps', '2', '--kappa', 'nan'], 'finite number for --kappa'),
+    'text encoder of another UNet': (['sample', 'x', '--generator', 'TEACHER', '--teacher', 'wide'], 'expected text states of 16'),
+    'convert in the way': (['convert', 'TEACHER', 'new'], 'new.tmp is in the way'),
     'seed too large': (['sample', 'x', '--teacher', 'TEACHER', '--teacher-steps', '2', '--seeds', str(2 ** 64)], 'below 2^64'),
     'kappa without a teacher': (['sample', 'x', '--kappa', '2'], '--teacher-steps'),
 }
@@ -364,6 +377,14 @@ def mess(teacher, tmp_path_factory):
                                fp8='{"precision": "fp8"}', switch='{"checkpoint": 1}').items():
         (folder / name).mkdir()
         (folder / name / 'sid_lsg.json').write_text(settings)
+    words = json.loads((teacher / 'tokenizer' / 'vocab.json').read_text())
+    for name, vocab in dict(many=list(words)[:-2] + ['one more', *list(words)[-2:]], few=list(words)[-2:]).items():
+        clip_text.save_tokenizer(clip_text.Tokenizer({word: i for i, word in enumerate(vocab)}, []), folder / name)
+    fid.save_stats(folder / 'other.npz', np.zeros(3), np.eye(3), 9, 'clean', '')
+    shutil.copytree(teacher, folder / 'wide')
+    shutil.rmtree(folder / 'wide' / 'text_encoder')
+    clip_text.save(clip_text.TextEncoder(len(words), width=24, layers=1, heads=2, hidden=32), folder / 'wide' / 'text_encoder')
+    (folder / 'new.tmp').mkdir()
     shutil.copytree(teacher, folder / 'cut')
     file = folder / 'cut' / 'unet' / 'diffusion_pytorch_model.safetensors'
     file.write_bytes(file.read_bytes()[:-1000])
@@ -403,8 +424,8 @@ def test_help_is_grouped_and_says_every_default(command, groups, capsys):
 
 def test_the_default_settings_are_the_papers():
     c = sid_lsg.TrainConfig()
-    assert (c.lr, c.fake_lr, c.lr_end, c.batch, c.alpha, c.t_init, c.t_min, c.t_max, c.ema_kimg, c.ema_rampup,
-            c.kappa) == (1e-6, 1e-6, 1.0, 512, 1.0, 625, 20, 980, 50.0, 0.05, (1.5,))
+    assert (c.kimg, c.lr, c.fake_lr, c.lr_end, c.batch, c.alpha, c.t_init, c.t_min, c.t_max, c.ema_kimg, c.ema_rampup,
+            c.kappa) == (8806.0, 1e-6, 1e-6, 1.0, 512, 1.0, 625, 20, 980, 50.0, 0.05, (1.5,))
 
 
 class Copies(TorchDispatchMode):

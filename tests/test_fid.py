@@ -439,6 +439,9 @@ def mess(sets, clip_path, tmp_path_factory):
         image.save(folder / 'cut' / f'{i}.png')
     data = (folder / 'cut' / '1.png').read_bytes()
     (folder / 'cut' / '1.png').write_bytes(data[:len(data) // 2])
+    (folder / 'bad').mkdir()
+    for i in range(2):
+        (folder / 'bad' / f'{i}.png').write_bytes(data[:len(data) // 2])
     stats = dict(mu=np.zeros(12), sigma=np.eye(12))
     np.savez(folder / 'clean.npz', n=9, preset='clean', weights_sha256='x', **stats)
     np.savez(folder / 'tf.npz', n=9, preset='tf', weights_sha256='x', **stats)
@@ -468,6 +471,7 @@ REFUSALS = {
     'one picture': (['one', 'real'], '2 pictures or more in one'),
     'one of many': (['real', 'fake', '--num', '1'], '2 pictures or more in fake'),
     'a picture for a set': (['real', 'one/0.png'], 'one/0.png'),
+    'no picture that opens': (['real', 'bad', '--skip-bad'], '2 pictures or more'),
     'truncated picture': (['cut', 'real'], '1.png'),
     'pickle': (['stats.pkl', 'real'], 'stats.pkl'),
     'pickle in npz': (['pickled.npz', 'real'], 'pickled.npz'),

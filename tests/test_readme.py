@@ -30,7 +30,7 @@ MODULES = {'sid_lsg.py': sid_lsg, 'fid.py': fid, 'tests/score_tiny.py': score_ti
 TINY = {
     'stable-diffusion-v1-5/stable-diffusion-v1-5': 'teacher', 'PATH': 'teacher', 'SD15_FOLDER': 'teacher/tokenizer',
     'FILE': 'captions.txt', 'train ...': f'train --teacher teacher --prompts captions.txt {SHORT} 4',
-    '--kimg 8800': f'{SHORT} 4', '--micro-batch 8': f'{SHORT} 2',
+    '--micro-batch 8': f'{SHORT} 2',
     '--fid-every 500 --fid-num 10000': '--fid-every 1 --fid-num 4 --fid-weights inception.safetensors',
     'fid.py val2014': 'fid.py val2014 --weights inception.safetensors',
     'fid.py coco': 'fid.py --weights inception.safetensors coco',

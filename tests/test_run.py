@@ -84,6 +84,23 @@ def test_an_interrupted_run_resumes_to_the_bit(iteration, number, whole, teacher
                 load_file(whole / 'generator' / 'unet' / 'diffusion_pytorch_model.safetensors'))
 
 
+def test_a_signal_amid_pictures_loses_nothing(whole, teacher, tmp_path, monkeypatch):
+    """No state is due then: the run stops after the next iteration, with one."""
+    folder, save_pictures = tmp_path / 'run', sid_lsg.Run.save_pictures
+
+    def interrupted(run, seen):
+        if seen == 40:
+            os.kill(os.getpid(), signal.SIGTERM)
+        save_pictures(run, seen)
+    monkeypatch.setattr(sid_lsg.Run, 'save_pictures', interrupted)
+    with pytest.raises(SystemExit) as stop:
+        train(folder, teacher, **{**LENGTH, 'save_every': 1.0})
+    assert stop.value.code == 128 + signal.SIGTERM and os.listdir(folder / 'state') == ['000000048']
+    monkeypatch.undo()
+    train(folder)
+    assert same(state(folder), state(whole)) and rows(folder) == rows(whole)
+
+
 def test_the_state_holds_every_tensor_and_the_last_two_are_kept(whole, teacher):
     assert sorted(os.listdir(whole / 'state')) == ['000000072', '000000096']
     count = len(unet.load(teacher).state_dict())
@@ -362,13 +379,13 @@ def test_a_run_can_score_itself_by_fid(teacher, tmp_path, monkeypatch):
         sha256 = 'none'
 
         def forward(self, images):
-            return torch.nn.functional.adaptive_avg_pool2d(images, 2).flatten(1)
+            return torch.nn.functional.adaptive_avg_pool2d(images, 2).flatten(1).repeat(1, 171)[:, :2048]
 
     eyes = Eyes()
     eyes.weight = torch.nn.Parameter(torch.zeros(1))
     monkeypatch.setattr(sid_lsg.fid, 'load_inception', lambda path: eyes)
     rng = np.random.default_rng(0)
-    fid.save_stats(tmp_path / 'stats.npz', rng.normal(size=12), np.cov(rng.normal(size=(12, 40))), 40, 'clean', 'none')
+    fid.save_stats(tmp_path / 'stats.npz', rng.normal(size=2048), np.eye(2048), 40, 'clean', 'none')
     (tmp_path / 'captions.txt').write_text('a red star\na blue ring\n')
     settings = dict(fid_stats=str(tmp_path / 'stats.npz'), fid_every=0.064, fid_num=20, fid_prompts=str(tmp_path / 'captions.txt'))
     train(tmp_path / 'run', teacher, **LENGTH, **settings, progress_samples=20)
@@ -387,6 +404,12 @@ def test_a_run_can_score_itself_by_fid(teacher, tmp_path, monkeypatch):
     stats = fid.load_stats(tmp_path / 'stats.npz')
     expected = fid.frechet_distance(moments.mu, moments.sigma, stats['mu'], stats['sigma'])
     assert found[96] == pytest.approx(expected, rel=1e-3)
+
+    with monkeypatch.context() as patch:        # a score that fails costs no state
+        patch.setattr(sid_lsg.Run, 'score', lambda run, seen: sid_lsg.check(False, 'no score'))
+        with pytest.raises(SystemExit):
+            train(tmp_path / 'broken', teacher, **{**LENGTH, 'save_every': 0.032}, **settings)
+    assert (tmp_path / 'broken' / 'state' / '000000064').is_dir()
 
     interrupt_at(0, monkeypatch)                # then the state goes first: no time is spent on pictures to score
     with pytest.raises(SystemExit):
