@@ -1058,7 +1058,7 @@ def choose_device(name):
     device = usable_device(name or ('cuda' if torch.cuda.is_available() else 'cpu'))
     if device.type == 'cuda' and device.index is None and 'LOCAL_RANK' in os.environ:      # torchrun
         device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
-    # fp32 is fp32, as in the published runs; torch's default is TF32 in convolutions.
+    # fp32 is fp32, as in the official sid_training_loop.py 241-242; torch's default is TF32 in convolutions.
     torch.backends.cudnn.allow_tf32 = False
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)       # glibc's
     if device.type == 'cpu' and mallopt:

@@ -8,6 +8,8 @@ ldm/modules/{diffusionmodules/,}.
     unet = load('path/to/checkpoint');  eps_hat = unet(x, t, context)
 
 Shapes: B batch, C channels, H and W the latent's sides, N = H*W, L = 77 text positions, D = 768.
+
+Below the net stands what finds, reads and writes checkpoints, for vae.py and clip_text.py too.
 """
 
 import json
@@ -291,7 +293,7 @@ class UNet(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Files. The first half serves vae.py and clip_text.py too: it finds and reads every layout that Stable
+# Files. What comes first serves vae.py and clip_text.py too: it finds and reads every layout that Stable
 # Diffusion 1.5 is found in, and says in a sentence what a file is that is something else. Names of
 # files and tensors are those of the real ones; where they are from stands in tests/test_checkpoints.py.
 
