@@ -660,7 +660,7 @@ def main(arguments=None):
             raise ValueError(f'expected a device, such as cuda or cpu, got --device {args.device}; '
                              f'{reason(error)}') from None
         result = run_clip(args) if args.clip else run_fid(args)
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
+    except (ValueError, OSError, zipfile.BadZipFile, zlib.error) as error:
         print(f'fid: {error}', file=sys.stderr)
         sys.exit(2)
     print(', '.join(f'{key} {value}' for key, value in result.items()), file=sys.stderr)

@@ -13,7 +13,7 @@ arXiv 2404.04057 (SiD).
     -----------------|-----------|------------------------|-----------------------------------------------
     c                | context   | (B, 77, 768)           | text states of the prompts
                      | null      | (1, 77, 768)           | text states of ""
-    z                | z         | (B, 4, 64, 64)         | standard normal seed of the generator
+    z                | z         | (B, 4, 64, 64)         | standard normal noise, the generator's input
     G_theta          | G         |                        | generator, a UNet; `ema` is its moving average
     f_phi            | teacher   |                        | the pretrained UNet, frozen
     f_psi            | fake      |                        | fake score net: a UNet following G's pictures
@@ -22,14 +22,14 @@ arXiv 2404.04057 (SiD).
     epsilon          | eps       | (B, 4, 64, 64)         | standard normal noise
     a_t, sigma_t     | ALPHA[t], SIGMA[t]                 | the noise schedule
     x_t              | x_t       | (B, 4, 64, 64)         | a_t x_g + sigma_t eps
-    s                | t_init    |                        | step at which the generator works, 625
+    s                | t_init    |                        | the one step given to the generator, 625
     epsilon hat      | eps_hat   | (B, 4, 64, 64)         | noise in x_t as a net predicts it, guided
-    f_phi(x_t, c)    | x_phi     | (B, 4, 64, 64)         | x_g as the teacher would restore it from x_t
-    f_psi(x_t, c)    | x_psi     | (B, 4, 64, 64)         | x_g as the fake score net would
+    f_phi(x_t, c)    | x_phi     | (B, 4, 64, 64)         | x_g as the teacher restores it from x_t, guided
+    f_psi(x_t, c)    | x_psi     | (B, 4, 64, 64)         | x_g as fake restores it from x_t, guided
     kappa_1          | kappa[0]  |                        | guidance of fake while it learns
     kappa_2, kappa_3 | kappa[1]  |                        | guidance of fake in the generator's loss
     kappa_4          | kappa[2]  |                        | guidance of teacher in the generator's loss
-    alpha            | alpha     |                        | how far the loss corrects for psi's own error
+    alpha            | alpha     |                        | weight of the subtracted |x_phi - x_psi|^2
 
 Read train(), then the six functions right above it. G, ema and fake start as copies of the teacher.
 """
@@ -52,6 +52,7 @@ import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +101,7 @@ class TrainConfig:
     kappa: tuple = option((1.5,), 'guidance: one number for all (LSG), or three: kappa1, kappa2 = '
                           'kappa3, kappa4. 1 is none, 1 1 K long, K 1 1 with K < 1 short, 0 0 1 Zero-CFG',
                           group='the method')
-    alpha: float = option(1.0, 'how far the generator\'s loss corrects for the fake net\'s own error')
+    alpha: float = option(1.0, 'weight of the subtracted |x_phi - x_psi|^2 in the generator\'s loss')
     t_init: int = option(625, 'step at which the generator works, of 0 to 999')
     t_min: int = option(20, 'smallest step t of the losses')
     t_max: int = option(980, 'largest step t of the losses, exclusive')
@@ -196,7 +197,7 @@ def schedule():
     """a_t and sigma_t of Stable Diffusion 1.5, each (1000,): float64 inside, float32 out.
 
     betas = linspace(sqrt .00085, sqrt .012, 1000)^2 (CompVis util.py 21-25, v1-inference.yaml 5-6);
-    1 - beta multiplied up is a_t^2."""
+    a_t^2 is the cumulative product of 1 - beta."""
     betas = np.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000) ** 2
     a2 = np.cumprod(1 - betas)
     return (torch.tensor(a2 ** 0.5, dtype=torch.float32),
@@ -264,8 +265,8 @@ def generate(G, z, context, t_init=625, steps=1, fresh=torch.randn_like):
 def fake_score_loss(fake, x_g, t, eps, context, null, kappa):
     """Sum over pixels / B of |eps_hat - eps|^2; kappa_1 guides eps_hat, gradient through both halves.
 
-    For kappa_1 = 1 this is plain diffusion training on the generator's pictures; else what learns them is
-    the guided prediction. x_g (B, 4, H, W) carries no gradient."""
+    For kappa_1 = 1 this is plain diffusion training on the generator's pictures; else it is the guided
+    prediction that is fitted to eps. x_g (B, 4, H, W) carries no gradient."""
     eps_hat = guided(fake, add_noise(x_g, eps, t), t, context, null, kappa)
     error = (eps_hat - eps).masked_fill(nan_samples(eps_hat), 0)
     return error.square().sum() / len(x_g)
@@ -275,8 +276,8 @@ def generator_loss(x_g, x_phi, x_psi, alpha):
     """Sum over pixels / B of (x_phi - x_psi) ((x_phi - x_g) - alpha (x_phi - x_psi)) / w: the loss of SiD
     (arXiv 2404.04057), here of guided predictions.
 
-    All (B, 4, H, W), all with gradient: through x_t it flows into both nets and on to the generator. Only
-    the weight w = mean |x_g - x_phi|, per sample and at least 1e-5, carries none."""
+    All (B, 4, H, W), all with gradient, which reaches the generator directly through x_g, and through x_t
+    by way of both nets. Only the weight w = mean |x_g - x_phi|, per sample and at least 1e-5, carries none."""
     leave_out = nan_samples(x_g, x_phi, x_psi)
     difference = (x_phi - x_psi).masked_fill(leave_out, 0)
     residual = (x_phi - x_g).masked_fill(leave_out, 0)
@@ -290,7 +291,7 @@ def train(config):
     teacher, G, ema, fake, null = run.teacher, run.G, run.ema, run.fake, run.null
     kappa1, kappa2, kappa4 = config.kappa
     drop = config.drop if (kappa1, kappa2) != (1, 1) else 0.0
-    share = config.micro_batch / config.batch
+    share = config.micro_batch / config.batch   # with it micro-batches' losses add up to the batch's mean
 
     for iteration in range(run.first, run.iterations):
         # psi-step: the fake score net learns to denoise what the generator makes at present.
@@ -305,7 +306,7 @@ def train(config):
             run.log.add(loss_fake=loss_fake)
         run.update('fake', iteration)
 
-        # theta-step: the generator moves to where fake and teacher restore its pictures alike.
+        # theta-step: the generator moves so that fake and teacher restore its pictures alike.
         fake.requires_grad_(False)              # weights rest; gradients pass to its INPUT, as in teacher
         for rows in run.micro_batches:
             context, z, t, eps = run.draw(iteration, 1, rows)
@@ -538,7 +539,7 @@ class Run:
             elif self.rank == 0:
                 self.save_pictures(0)
         self.log.began = self.log.printed = time.time()         # the pace is that of iterations
-        self.interrupted = 0
+        self.interrupted = self.told = 0        # the number of a signal; and once it counts
         self.handlers = {number: signal.signal(number, self.interrupt)
                          for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -571,6 +572,7 @@ class Run:
             dist.all_reduce(most, op=dist.ReduceOp.MAX)
             told = most.item()
             self.interrupted = told or self.interrupted
+        self.told = told
         last = told or iteration == self.iterations - 1
         pictures = seen >= config.kimg * 1000 or crosses(config.grid_kimg * 1000, seen, config.batch)
         state = last or crosses(config.save_every * 1000, seen, config.batch)
@@ -583,7 +585,10 @@ class Run:
                 if config.fid_stats and not told and (
                         last or crosses(config.fid_every * 1000, seen, config.batch)):
                     self.score(seen)
-            finally:                            # whatever becomes of pictures and score
+            except Exception:
+                state = True                    # what was learnt since the last one is not lost with them
+                raise
+            finally:
                 if state and self.rank == 0:
                     self.save_state(seen)
         return bool(told)
@@ -624,6 +629,8 @@ class Run:
             with autocast(self.config.precision, self.device):
                 images = draw_pictures(self.one_step, self.vae, context, rows.tolist(), self.shape)
             moments.add(fid.features(inception, images, preset))
+            if self.interrupted:
+                break
         self.ema.to(self.config.ema_device or self.device)
         if dist.is_initialized():
             n, total, product = (torch.as_tensor(x, dtype=torch.float64)
@@ -632,7 +639,7 @@ class Run:
                 dist.all_reduce(x)
             moments = fid.Moments()
             moments.merge(int(n), total.numpy(), product.numpy())
-        if self.rank == 0:
+        if self.rank == 0 and moments.n == self.config.fid_num:     # else interrupted
             value = fid.frechet_distance(moments.mu, moments.sigma, stats['mu'], stats['sigma'])
             print(f'{seen:8d} images  FID {value:.4f}, {preset}, of {moments.n} pictures', flush=True)
             self.log.note(seen, fid=round(value, 4), fid_seconds=round(time.time() - began, 2))
@@ -713,7 +720,7 @@ class Run:
 
     def close(self):
         """The last word, and the exit code of an interruption."""
-        if self.rank == 0 and self.interrupted:
+        if self.rank == 0 and self.told:
             print(f'Interrupted; the state is saved. Go on with:\n    python sid_lsg.py train '
                   f'--resume {self.out}', flush=True)
         elif self.rank == 0:
@@ -724,8 +731,8 @@ class Run:
             signal.signal(number, handler)
         if dist.is_initialized():
             dist.destroy_process_group()
-        if self.interrupted:
-            sys.exit(128 + self.interrupted)
+        if self.told:
+            sys.exit(128 + self.told)
 
 
 def recompute_in_backward(net):
@@ -854,8 +861,9 @@ def save_png(image, path, **text):
     for key, value in text.items():
         info.add_text(key, str(value))
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    image.save(f'{path}.tmp', format='PNG', pnginfo=info)
-    return Path(f'{path}.tmp').replace(path)
+    new = f'{path}.{os.environ.get("RANK", 0)}.tmp'    # of torchrun's processes each may write the grid
+    image.save(new, format='PNG', pnginfo=info)
+    return Path(new).replace(path)
 
 
 def full_path(name):
@@ -925,7 +933,8 @@ def convert(config):
                 unet.save(net, new / 'unet', dtype)
             if student and not single:
                 facts = {'t_init': 625, **facts}
-                facts.pop('teacher', None)  # its VAE and text encoder are in the folder, or nowhere
+                for part in ('teacher', 'tokenizer'):       # they are in the folder, or nowhere
+                    facts.pop(part, None)
                 write_text(new / 'generator.json', json.dumps(facts, indent=2) + '\n')
             if target.is_dir():             # with --overwrite
                 check((target / 'unet').is_dir(), f'{target} is a folder that holds no checkpoint, '
@@ -1045,7 +1054,7 @@ def usable_device(name, option='--device'):
         device = torch.device(name)
         if device.type != 'cuda':               # a GPU's memory is left alone: each process has its own GPU
             torch.empty(1, device=device)
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError, ImportError):
         raise ValueError(f'expected a device that this torch can use, such as cuda, cuda:1 or cpu, got '
                          f'{option} {name}') from None
     check(device.type != 'cuda' or (device.index or 0) < torch.cuda.device_count(),
@@ -1271,7 +1280,8 @@ def open_run(config):
         if world > 1:
             if device.type == 'cuda':
                 torch.cuda.set_device(device)
-            dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo')
+            dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo',
+                                    timeout=timedelta(hours=2))     # while the first draws and saves
         first = not dist.is_initialized() or dist.get_rank() == 0
         teacher = place(unet.load(config.teacher), device)
         vae, encode, tokenizer = load_parts(config.teacher, device, teacher, config.tokenizer)
@@ -1480,7 +1490,8 @@ def less_memory(config):
     if config.precision == 'fp32' and not config.resume:        # which it cannot change
         return 'try --precision bf16'
     if config.micro_batch > 1:
-        return f'try --micro-batch {config.micro_batch // 2}'
+        half = next(n for n in range(config.micro_batch // 2, 0, -1) if config.micro_batch % n == 0)
+        return f'try --micro-batch {half}'
     if not config.checkpoint:
         return 'try --checkpoint'
     if not config.ema_device:

@@ -25,7 +25,7 @@ import tiny_world
 import unet
 
 # The paper's step; all else for runs of 3,000 images, whatever the folder's own settings are made for.
-SETTINGS = dict(t_init=625, batch=8, lr=1e-4, fake_lr=4e-4, lr_end=0.05, ema_kimg=1.0)
+SETTINGS = dict(t_init=625, batch=8, lr=1e-4, fake_lr=4e-4, lr_end=0.05, ema_kimg=1.0, ema_rampup=0.05)
 # name: kappa1, kappa2 = kappa3, kappa4, alpha. Strategies as in README.md, "Guidance strategies".
 STRATEGIES = {
     'no guidance': (1, 1, 1, 1.0),

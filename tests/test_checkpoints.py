@@ -81,7 +81,7 @@ def nets():
             down_block_types=['DownEncoderBlock2D'] * 4, up_block_types=['UpDecoderBlock2D'] * 4), 2),
         'text_encoder': randomise(CLIPTextModel(CLIPTextConfig(
             vocab_size=600, hidden_size=48, intermediate_size=96, num_hidden_layers=12, num_attention_heads=12,
-            hidden_act='quick_gelu', bos_token_id=599, eos_token_id=600, pad_token_id=600)), 3)}
+            hidden_act='quick_gelu', bos_token_id=598, eos_token_id=599, pad_token_id=599)), 3)}
 
 
 @pytest.fixture(scope='module')
@@ -1033,6 +1033,7 @@ def test_train_convert_sample(run, weights, tmp_path, monkeypatch):
         tokenizer = [] if out.endswith('safetensors') else ['--tokenizer', TOKENIZER]
         assert convert(run / source, tmp_path / out, '--precision', 'fp32', *tokenizer) == 0
         (assert_folder if out == 'out' else assert_single_file)(tmp_path / out, {**weights, 'unet': generator}, 'fp32')
+    assert {'t_init', 'size', 'images'} == set(json.loads((tmp_path / 'out' / 'generator.json').read_text()))    # no paths
     # Mapped weights lie at any multiple of 4 bytes, where MKL may add a product of one row in another order.
     mapped = unet.read_tensors
     monkeypatch.setattr(unet, 'read_tensors', lambda file: {name: w.clone() for name, w in mapped(file).items()})

@@ -101,6 +101,31 @@ def test_a_signal_amid_pictures_loses_nothing(whole, teacher, tmp_path, monkeypa
     assert same(state(folder), state(whole)) and rows(folder) == rows(whole)
 
 
+def test_a_full_disk_amid_pictures_loses_nothing(whole, teacher, tmp_path, monkeypatch, capsys):
+    """No state is due then, either: one is written all the same."""
+    def fails(run, seen):
+        if seen == 40:
+            raise OSError('no space left')
+    folder = tmp_path / 'run'
+    monkeypatch.setattr(sid_lsg.Run, 'save_pictures', fails)
+    with pytest.raises(SystemExit) as stop:
+        train(folder, teacher, **{**LENGTH, 'save_every': 1.0})
+    assert stop.value.code == 2 and 'no space left' in capsys.readouterr().err
+    assert os.listdir(folder / 'state') == ['000000040']
+    monkeypatch.undo()
+    train(folder)
+    assert same(state(folder), state(whole)) and rows(folder) == rows(whole)
+
+
+def test_a_signal_after_the_last_iteration_comes_too_late(teacher, tmp_path, monkeypatch, capsys):
+    def interrupted(run, seen):
+        if seen == 16:
+            os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(sid_lsg.Run, 'save_pictures', interrupted)
+    train(tmp_path / 'run', teacher, **{**LENGTH, 'kimg': 0.016})
+    assert 'Interrupted' not in capsys.readouterr().out and os.listdir(tmp_path / 'run' / 'state') == ['000000016']
+
+
 def test_the_state_holds_every_tensor_and_the_last_two_are_kept(whole, teacher):
     assert sorted(os.listdir(whole / 'state')) == ['000000072', '000000096']
     count = len(unet.load(teacher).state_dict())
