@@ -237,7 +237,7 @@ def train(count, work, **settings):
     out = tempfile.mkdtemp(dir=work)
     config = sid_lsg.make_config(sid_lsg.TrainConfig, dict(
         out=f'{out}/run', progress_samples=0, grid_kimg=1e9, save_every=1e9, log_seconds=0.0, kimg=1e6,
-        lr_end=1.0, drop=0.0, **settings))
+        drop=0.0, **settings))
     Timed.count, real, sid_lsg.Run = count, sid_lsg.Run, Timed
     try:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -470,15 +470,16 @@ def picture_row(table, args):
 
 def iteration_row(table, args):
     """a training iteration, beside the same mathematics arranged as the official loop arranges it"""
-    device, cases = table.device, [] if args.small else [('tiny teacher', TINY, dict(batch=32, precision='fp32'))]
+    device, cases = table.device, [] if args.small else [('tiny teacher', TINY, dict(precision='fp32'))]
+    turns, each = (2, args.repeat) if args.compile else (args.repeat, 2)        # compiling anew takes minutes
     if device.type == 'cuda' or args.small:
         cases.append((args.folder.name, args.folder, dict(
             batch=args.batch, micro_batch=args.micro_batch, precision='bf16', compile=args.compile)))
     for name, folder, settings in cases:
         ours, theirs, off = [], [], []
-        for _ in range(2):
+        for _ in range(turns):
             free(device)
-            config, times, losses = train(args.repeat, args.work, teacher=str(folder), device=str(device),
+            config, times, losses = train(each, args.work, teacher=str(folder), device=str(device),
                                           prompts=str(folder / 'prompts.txt'), **settings)
             ours += times
             free(device)
@@ -486,7 +487,7 @@ def iteration_row(table, args):
             expected = iterate(0)
             # The generator's loss may be near zero; the fake net's, a sum of squares over the same numbers, is not.
             off += [abs(x - y) / max(abs(y), expected[0]) for x, y in zip(losses, expected)]
-            theirs += [seconds(lambda: iterate(i), device) for i in range(1, args.repeat + 1)]
+            theirs += [seconds(lambda: iterate(i), device) for i in range(1, each + 1)]
             del iterate
         a, b = statistics.median(ours), statistics.median(theirs)
         table.row(f'training iteration, {name}, batch {config.batch}, {config.precision}', config.precision, a, b, 0.6,
@@ -525,6 +526,63 @@ def start_row(table, args):
         a, b = beside([left, lambda: process(theirs)], table.device, args.repeat)
         table.row(f'sample, start to picture, {name}, {precision}', precision, a, b, 0.5)
         shutil.rmtree(out)
+
+
+# A process each, since what one keeps of memory, or has ever held, stays. Plainly: without the trick.
+DECODE = """
+import sys, torch
+sys.path.insert(0, 'tests')
+import bench
+from bench import F, sid_lsg, vae_module
+folder, side, repeat, plainly = bench.Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == 'plainly'
+def forward(self, x):
+    h = self.conv1(F.silu(self.norm1(x)))
+    h = self.conv2(F.silu(self.norm2(h)))
+    return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+if plainly:
+    vae_module.ResnetBlock.forward = forward
+else:
+    sid_lsg.choose_device('cpu')
+vae, z = sid_lsg.place(vae_module.load(folder), torch.device('cpu')), torch.randn(1, 4, side, side)
+with torch.no_grad():
+    print(bench.beside([lambda: vae.decode(z)], torch.device('cpu'), repeat)[0], bench.peak_memory())
+"""
+START = """
+import sys, torch
+sys.path.insert(0, 'tests')
+import bench
+from bench import sid_lsg, time, unet
+folder, side, repeat, plainly = bench.Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == 'plainly'
+device, began = sid_lsg.choose_device('cpu'), time.perf_counter()
+net = sid_lsg.place(unet.load(folder, torch.float32 if plainly else None), device)
+takes = net.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.in_features
+with torch.no_grad():
+    net(torch.randn(1, 4, 8, 8), torch.tensor([625]), torch.randn(1, 77, takes))
+print(time.perf_counter() - began, bench.peak_memory())
+"""
+
+
+def tricks_row(table, args):
+    """what some tricks gain: the same without them"""
+    for name, folder in (('tiny teacher', TINY), (args.folder.name, args.folder)):
+        net, _, x, t, context = meta(folder)
+        with torch.no_grad():
+            shared, twice = (flops(lambda: net(x, t.expand(len(x)), torch.cat([context, context])))
+                             for x in (x, torch.cat([x, x])))
+        print(f'both texts in one call, {name}: {1 - shared / twice:.1%} of FLOPs saved')
+    vae = vae_module.load(args.folder).requires_grad_(False).to(table.device)
+    last, z = copy.deepcopy(vae).to(memory_format=torch.channels_last), torch.randn(1, 4, *x.shape[2:], device=table.device)
+    a, b = beside([lambda: last.decode(z), lambda: vae.decode(z)], table.device, args.repeat)
+    print(f'VAE in channels_last, fp32: {a:.3f} s, else {b:.3f} s, ratio {a / b:.2f}', flush=True)
+    for name, program in (('VAE in place and freed memory kept', DECODE), ('UNet from fp16, widened layer by layer', START)):
+        found = {'as it is': [], 'plainly': []}
+        for _ in range(args.repeat if table.device.type == 'cpu' else 0):
+            for how, results in found.items():
+                said = process([sys.executable, '-c', program, args.folder, x.shape[2], 2, how])
+                results.append([float(number) for number in said.split()[-2:]])
+        if found['plainly']:
+            (a, less), (b, more) = ([statistics.median(column) for column in zip(*rows)] for rows in found.values())
+            print(f'{name}: {a:.3f} s, {less:.2f} GB, else {b:.3f} s, {more:.2f} GB, ratio {a / b:.2f}', flush=True)
 
 
 def sampling_row(table, args):
