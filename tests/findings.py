@@ -5,8 +5,8 @@
 Distils the tiny teacher once for every strategy and seed and scores each generator on held-out captions, as
 tests/score_tiny.py does: the share of pictures right in every attribute, the Fréchet distance of VAE latents
 to drawn pictures, the latents' spread beside those of drawn pictures (root of the covariances' traces), and how far
-pictures of one caption lie from each other, in grey levels. The teacher in 25 steps, at the same
-scales of guidance, stands beside them. Prints a table and draws OUT/findings.png. What OUT has already is not made
+pictures of one caption lie from each other, in grey levels. All but guidance, alpha, seed and length is as the
+teacher's folder has it. The teacher in 25 steps stands beside them. Prints a table and draws OUT/findings.png. What OUT has already is not made
 again, so that a run cut off goes on, and several processes may each be given other seeds.
 """
 
@@ -24,8 +24,6 @@ import sid_lsg
 import tiny_world
 import unet
 
-# The paper's step; all else for runs of 3,000 images, whatever the folder's own settings are made for.
-SETTINGS = dict(t_init=625, batch=8, lr=1e-4, fake_lr=4e-4, lr_end=0.05, ema_kimg=1.0, ema_rampup=0.05)
 # name: kappa1, kappa2 = kappa3, kappa4, alpha. Strategies as in README.md, "Guidance strategies".
 STRATEGIES = {
     'no guidance': (1, 1, 1, 1.0),
@@ -79,13 +77,14 @@ def once(file, make):
 def distil(exam, folder, teacher, kimg, strategy, seed):
     """Train a generator in `folder` and score it; two to three minutes on a CPU core."""
     *kappa, alpha = STRATEGIES[strategy]
+    config = sid_lsg.make_config(sid_lsg.TrainConfig, dict(
+        teacher=str(teacher), out=str(folder), kappa=tuple(kappa), alpha=alpha, seed=seed, kimg=kimg, grid_kimg=kimg,
+        progress_samples=0))
     if not (folder / 'generator').is_dir():
         sid_lsg.remove(folder)          # of a run cut off
-        sid_lsg.train(sid_lsg.make_config(sid_lsg.TrainConfig, dict(
-            SETTINGS, teacher=str(teacher), out=str(folder), kappa=tuple(kappa), alpha=alpha, seed=seed, kimg=kimg,
-            grid_kimg=kimg, progress_samples=0)))
+        sid_lsg.train(config)
     G = unet.load(folder / 'generator').to(exam.device)
-    return score(exam, lambda z, c: sid_lsg.generate(G, z, c))
+    return score(exam, lambda z, c: sid_lsg.generate(G, z, c, config.t_init))
 
 
 def chart(points, file):
@@ -125,7 +124,8 @@ def chart(points, file):
         for point in several if len(several) > 1 else ():
             dot(place(*point), 2, fill=color)
         dot(means[name], 4, outline=color, fill='white', width=2 * scale)
-        side = -1 if name in ('alpha 1.2', 'Anti-CFG', 'teacher 1') else 1     # has room
+        left_of = name in ('alpha 0.5', 'alpha 1.2', 'long 3', 'Anti-CFG', 'teacher 1')      # where there is room
+        side = -1 if left_of else 1
         pen.text((means[name][0] + 7 * scale * side, means[name][1]), name, color, font, anchor='lm' if side > 0 else 'rm')
     sid_lsg.save_png(sheet, file)
 
