@@ -65,6 +65,34 @@ def reason(error):
     return ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
 
 
+def usable_device(name, option='--device'):
+    """The torch.device of that name. ValueError where this torch or machine has none."""
+    try:
+        device = torch.device(name)
+        if device.type != 'cuda':               # a GPU's memory is left alone: each process has its own GPU
+            torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, ImportError):
+        raise ValueError(f'expected a device that this torch can use, such as cuda, cuda:1 or cpu, got '
+                         f'{option} {name}') from None
+    check(device.type != 'cuda' or (device.index or 0) < torch.cuda.device_count(),
+          f'{option} {name} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices; '
+          f'leave {option} out to use what is there, or install a CUDA build of torch')
+    return device
+
+
+def read_lines(path, option):
+    """The lines of a UTF-8 file, each a caption or prompt, without outer blanks, byte order mark and empty
+    ones; `option` is what named it."""
+    try:
+        lines = Path(path).read_text(encoding='utf-8-sig').split('\n')
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f'expected UTF-8 text, one caption or prompt a line, at {path}; '
+                         f'give another with {option} ({reason(error)})') from None
+    lines = [line.strip() for line in lines if line.strip()]
+    check(lines, f'expected one caption or prompt a line in {path}, found none')
+    return lines
+
+
 # ---------------------------------------------------------------------------------------------------
 # Inception: Google's inception-2015-12-05, which is not torchvision's inception_v3. Names are
 # torchvision's, as pytorch-fid's file bears them.
@@ -562,12 +590,7 @@ def run_clip(args):
           f'expected FAKE and CAPTIONS with --clip, and no --skip-bad, got {" ".join(args.sets)}')
     pictures = read_pictures(args.sets[0], args, 'clean', args.num)
     count = next(pictures)
-    try:
-        lines = Path(args.sets[1]).read_text(encoding='utf-8-sig').split('\n')
-    except BROKEN as error:
-        raise ValueError(f'expected UTF-8 text, one caption a line, at {args.sets[1]}; '
-                         f'{reason(error)}') from None
-    captions = [line.strip() for line in lines if line.strip()][:args.num or None]
+    captions = read_lines(args.sets[1], 'the second SET')[:args.num or None]
     check(len(captions) == count, f'expected a caption for each picture, found {len(captions)} captions '
           f'in {args.sets[1]} and {count} pictures in {args.sets[0]}; --num N takes the first N of both')
     tokenizer = clip_text.load_tokenizer(args.tokenizer or Path(args.clip).parent)
@@ -654,11 +677,7 @@ def main(arguments=None):
     try:
         check(args.batch > 0 and min(args.num, args.workers) >= 0,
               'expected --batch of 1 or more, --num and --workers of 0 or more')
-        try:
-            torch.empty(1, device=args.device)
-        except BROKEN as error:
-            raise ValueError(f'expected a device, such as cuda or cpu, got --device {args.device}; '
-                             f'{reason(error)}') from None
+        usable_device(args.device)
         result = run_clip(args) if args.clip else run_fid(args)
     except (ValueError, OSError, zipfile.BadZipFile, zlib.error) as error:
         print(f'fid: {error}', file=sys.stderr)

@@ -20,7 +20,7 @@ arXiv 2404.04057 (SiD).
     x_g = G(z, c)    | x_g       | (B, 4, 64, 64)         | latent made by the generator in one step
     t                | t         | (B,)                   | step of the diffusion, uniform in [20, 979]
     epsilon          | eps       | (B, 4, 64, 64)         | standard normal noise
-    a_t, sigma_t     | ALPHA[t], SIGMA[t]                 | the noise schedule
+    a_t, sigma_t     | ALPHA[t], SIGMA[t]                 | the noise schedule; has nothing to do with alpha
     x_t              | x_t       | (B, 4, 64, 64)         | a_t x_g + sigma_t eps
     s                | t_init    |                        | the one step given to the generator, 625
     epsilon hat      | eps_hat   | (B, 4, 64, 64)         | noise in x_t as a net predicts it, guided
@@ -68,7 +68,7 @@ import clip_text
 import fid
 import unet
 import vae as vae_module
-from fid import check
+from fid import check, usable_device
 
 TINY_TEACHER = Path(__file__).resolve().parent / 'tests' / 'tiny_sd'
 
@@ -112,7 +112,6 @@ class TrainConfig:
     batch: int = option(512, 'images an iteration, over all processes')
     lr: float = option(1e-6, 'learning rate of the generator')
     fake_lr: float = option(1e-6, 'learning rate of the fake score net')
-    lr_end: float = option(1.0, 'share of both learning rates that is left at the end, falling linearly')
     ema_kimg: float = option(50.0, 'half-life of the generator\'s average in thousand images')
     ema_rampup: float = option(0.05, 'that half-life is at most this share of the images seen so far')
     seed: int = option(0, 'every random draw follows from it')
@@ -277,7 +276,7 @@ def generator_loss(x_g, x_phi, x_psi, alpha):
     (arXiv 2404.04057), here of guided predictions.
 
     All (B, 4, H, W), all with gradient, which reaches the generator directly through x_g, and through x_t
-    by way of both nets. Only the weight w = mean |x_g - x_phi|, per sample and at least 1e-5, carries none."""
+    by way of both nets. Only w = mean |x_g - x_phi|, per sample and at least 1e-5, carries none."""
     leave_out = nan_samples(x_g, x_phi, x_psi)
     difference = (x_phi - x_psi).masked_fill(leave_out, 0)
     residual = (x_phi - x_g).masked_fill(leave_out, 0)
@@ -304,7 +303,7 @@ def train(config):
                 loss_fake = fake_score_loss(fake, x_g, t, eps, context, null, kappa1) * share
             loss_fake.backward()
             run.log.add(loss_fake=loss_fake)
-        run.update('fake', iteration)
+        run.update('fake')
 
         # theta-step: the generator moves so that fake and teacher restore its pictures alike.
         fake.requires_grad_(False)              # weights rest; gradients pass to its INPUT, as in teacher
@@ -320,7 +319,7 @@ def train(config):
             run.log.add(loss_G=loss_G, xg_xphi=(x_g - x_phi).abs().mean() * share,
                         xphi_xpsi=(x_phi - x_psi).abs().mean() * share,
                         nan_samples=nan_samples(x_g, x_phi, x_psi).sum())
-        run.update('G', iteration)
+        run.update('G')
 
         # The average is what is drawn with, scored and released.
         update_average(ema, G, ema_beta(config, iteration * config.batch))
@@ -547,14 +546,11 @@ class Run:
         return draw_samples(self.config, self.prompts, self.encode, self.shape, self.device,
                             iteration, half, rows, drop)
 
-    def update(self, name, iteration):
-        """Step the optimizer of 'G' or 'fake', at the learning rate that is due."""
-        config, optimizer = self.config, self.optimizers[name]
-        full = config.lr if name == 'G' else config.fake_lr
-        optimizer.lr = full * (1 - (1 - config.lr_end) * iteration / self.iterations)
+    def update(self, name):
+        """Step the optimizer of 'G' or 'fake'."""
         # No loss scaling in fp16: the losses are sums over pixels, not means.
-        clip = 1.0 if name == 'G' and config.precision == 'fp16' else math.inf
-        norm, broken = update(optimizer, clip)
+        clip = 1.0 if name == 'G' and self.config.precision == 'fp16' else math.inf
+        norm, broken = update(self.optimizers[name], clip)
         self.log.add(**{f'grad_{name}': norm, 'bad_grads': broken})
 
     def interrupt(self, number, _):
@@ -912,6 +908,10 @@ def convert(config):
               'give --teacher, the checkpoint to take them from')
         config.precision = config.precision or ('fp16' if single else 'fp32')
         vae, text = (vae_module.load(teacher), clip_text.load(teacher)) if teacher else (None, None)
+        tokenizer = None if single or not teacher else clip_text.load_tokenizer(
+            config.tokenizer or facts.get('tokenizer') or teacher)
+        if teacher:
+            check_parts(text, tokenizer, net, teacher)
         dtype = DTYPES[config.precision]
         biggest = max((w.abs().max().item(), name) for part in (net, vae, text) if part is not None
                       for name, w in part.state_dict().items())
@@ -925,9 +925,6 @@ def convert(config):
             if single:
                 unet.write_tensors(original_tensors(net, vae, text, dtype, source, target), new)
             elif teacher:
-                tokenizer = clip_text.load_tokenizer(
-                    config.tokenizer or facts.get('tokenizer') or teacher)
-                check_parts(text, tokenizer, net, teacher)
                 write_pipeline(new, net, vae, text, tokenizer, dtype, 'DDPM' if student else 'DDIM')
             else:
                 unet.save(net, new / 'unet', dtype)
@@ -939,6 +936,7 @@ def convert(config):
             if target.is_dir():             # with --overwrite
                 check((target / 'unet').is_dir(), f'{target} is a folder that holds no checkpoint, '
                                                   'so it is not replaced; give another name')
+            if target.is_dir() or not single:
                 remove(target)
             new.replace(target)
         finally:
@@ -1048,25 +1046,11 @@ def read_official_pickle(file):
 # ---------------------------------------------------------------------------------------------------
 # Nets on a device
 
-def usable_device(name, option='--device'):
-    """The torch.device of that name. ValueError where this torch or machine has none."""
-    try:
-        device = torch.device(name)
-        if device.type != 'cuda':               # a GPU's memory is left alone: each process has its own GPU
-            torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, ImportError):
-        raise ValueError(f'expected a device that this torch can use, such as cuda, cuda:1 or cpu, got '
-                         f'{option} {name}') from None
-    check(device.type != 'cuda' or (device.index or 0) < torch.cuda.device_count(),
-          f'{option} {name} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices; '
-          f'leave {option} out to use what is there, or install a CUDA build of torch')
-    return device
-
-
 def choose_device(name):
-    device = usable_device(name or ('cuda' if torch.cuda.is_available() else 'cpu'))
-    if device.type == 'cuda' and device.index is None and 'LOCAL_RANK' in os.environ:      # torchrun
-        device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
+    name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
+    if name == 'cuda' and 'LOCAL_RANK' in os.environ:           # torchrun: a GPU each
+        name = f'cuda:{os.environ["LOCAL_RANK"]}'
+    device = usable_device(name)
     # fp32 is fp32, as in the official sid_training_loop.py 241-242; torch's default is TF32 in convolutions.
     torch.backends.cudnn.allow_tf32 = False
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)       # glibc's
@@ -1117,11 +1101,12 @@ def place(net, device, dtype=torch.float32):
 
 
 def check_parts(text, tokenizer, net, path):
-    """ValueError where the text encoder of the checkpoint `path` fits the tokenizer or the UNet not."""
+    """ValueError where the text encoder of the checkpoint `path` does not fit the tokenizer or the UNet."""
     words, width = text.text_model.embeddings.token_embedding.weight.shape
     end = min(words, 49408) - 1         # tokens that a fine-tuning added come after CLIP's, and are not used
-    check(tokenizer.end == end, f'expected the tokenizer of {path}, whose end token is {end}, found one with '
-                                f'{tokenizer.end}; give --tokenizer, the folder of its own')
+    if tokenizer:
+        check(tokenizer.end == end, f'expected the tokenizer of {path}, whose end token is {end}, found one '
+                                    f'with {tokenizer.end}; give --tokenizer, the folder of its own')
     takes = net.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.in_features
     check(width == takes, f'expected text states of {takes} numbers for this UNet, found {width} in {path}; '
                           'give --teacher, the checkpoint that it was made from')
@@ -1156,23 +1141,6 @@ def user_errors():
     except (ValueError, OSError, SafetensorError, FloatingPointError) as error:
         print(f'sid_lsg: {error}', file=sys.stderr)
         sys.exit(2)
-
-
-def read_prompts(path, tokenizer=None):
-    """The prompts of a UTF-8 file, one a line, without outer blanks, empty lines and byte order mark."""
-    try:
-        lines = Path(path).read_text(encoding='utf-8-sig').split('\n')
-    except UnicodeDecodeError:
-        raise ValueError(f'expected UTF-8 text, one prompt a line, in {path}; '
-                         'found bytes that are none') from None
-    except OSError as error:
-        raise ValueError(f'expected a text file, one prompt a line, at {path}: {error.strerror}; '
-                         'give one with --prompts') from None
-    prompts = [line.strip() for line in lines if line.strip()]
-    check(prompts, f'expected one prompt a line in {path}, found none')
-    if tokenizer:
-        warn_of_cuts(prompts, tokenizer)
-    return prompts
 
 
 def warn_of_cuts(prompts, tokenizer):
@@ -1258,7 +1226,8 @@ def open_scoring(config, prompts, device):
         fid.warn(f'{path} was measured with another file of weights')
     if not stats['preset']:
         fid.warn(f'{path} does not say how its pictures were resized; clean is assumed')
-    return stats, inception, read_prompts(config.fid_prompts) if config.fid_prompts else prompts
+    captions = fid.read_lines(config.fid_prompts, '--fid-prompts') if config.fid_prompts else prompts
+    return stats, inception, captions
 
 
 def open_run(config):
@@ -1286,7 +1255,8 @@ def open_run(config):
         teacher = place(unet.load(config.teacher), device)
         vae, encode, tokenizer = load_parts(config.teacher, device, teacher, config.tokenizer)
         shape = latent_shape(config.size, teacher, vae)
-        prompts = read_prompts(config.prompts or Path(config.teacher) / 'prompts.txt', tokenizer)
+        prompts = fid.read_lines(config.prompts or Path(config.teacher) / 'prompts.txt', '--prompts')
+        warn_of_cuts(prompts, tokenizer)
         scoring = open_scoring(config, prompts, device) if config.fid_stats else None
         out = Path(config.resume) if config.resume else None
         if first and not config.resume:
@@ -1365,8 +1335,8 @@ def open_sample(config):
         net = place(unet.load(folder, stored), device, dtype)
         vae, encode, tokenizer = load_parts(config.teacher, device, net, config.tokenizer, dtype, stored)
         shape = latent_shape(config.size, net, vae)
-        warn_of_cuts(config.texts, tokenizer)
-        texts = [*config.texts, *(read_prompts(config.prompts, tokenizer) if config.prompts else [])]
+        texts = [*config.texts, *(fid.read_lines(config.prompts, '--prompts') if config.prompts else [])]
+        warn_of_cuts(texts, tokenizer)
         check(texts, 'expected a prompt, in quotes, or --prompts FILE')
         seeds = parse_seeds(config.seeds) if config.seeds else None
         jobs = ([(text, seed) for text in texts for seed in seeds] if seeds
@@ -1406,9 +1376,9 @@ FREE = ('resume', 'kimg', 'grid_kimg', 'log_seconds', 'save_every', 'micro_batch
 def make_config(kind, given):
     """The dataclass `kind` from the command line and, behind it, a run's or teacher's own settings."""
     resume = given.get('resume')
-    file = (Path(resume) / 'config.json' if resume else
-            Path(given.get('teacher', TINY_TEACHER)) / 'sid_lsg.json')
-    check(not resume or file.is_file(),
+    file = (Path(given.get('teacher', TINY_TEACHER)) / 'sid_lsg.json' if resume is None else
+            Path(resume) / 'config.json')       # an empty shell variable's, too, is no new run's
+    check(resume is None or file.is_file(),
           f'expected a run folder at --resume {resume}, found no config.json there')
     beside = unet.read_json(file) if kind is TrainConfig and file.is_file() else {}
     unknown = set(beside) - {f.name for f in fields(kind)}
@@ -1496,7 +1466,7 @@ def less_memory(config):
         return 'try --checkpoint'
     if not config.ema_device:
         return 'try --ema-device cpu'
-    return 'every option that saves memory is in use; try a smaller --size'
+    return 'every option that saves memory is in use' + ('; try a smaller --size' * (not config.resume))
 
 
 if __name__ == '__main__':

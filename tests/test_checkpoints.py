@@ -829,6 +829,8 @@ def test_nothing_is_overwritten_unless_asked(weights, tmp_path, capsys):
     for path, precision in ((tmp_path / 'out', 'fp32'), (source, 'fp16')):          # the defaults
         assert convert(path, path, '--overwrite') == 0
         same(vae.load(path).state_dict(), expect(weights['vae'], precision))
+    (tmp_path / 'was a file').write_bytes(b'mine')
+    assert convert(source, tmp_path / 'was a file', '--overwrite', *tokenizer) == 0
     broken = content(b'', 'broken.safetensors')(tmp_path, weights)
     for out in ('out.safetensors', 'out'):                  # refused, so what was to be replaced stays
         refused_by_convert(capsys, tmp_path, broken, out=out, more=['--overwrite', *tokenizer])
@@ -844,6 +846,14 @@ def test_folders_on_the_way_to_the_target_are_made(weights, tmp_path):
 
 def test_a_single_file_without_a_tokenizer_makes_no_folder(weights, tmp_path, capsys):
     refused_by_convert(capsys, tmp_path, single_file(community)(tmp_path, weights), 'vocab.json', '--tokenizer', out='out')
+
+
+def test_parts_that_do_not_fit_are_not_put_into_one_file(weights, tmp_path, capsys):
+    """Text states of another width than the UNet takes: the file could not be drawn with."""
+    unet.save(unet.UNet((32, 64, 96, 96), 40), tmp_path / 'narrow')
+    teacher = single_file(emaonly)(tmp_path, weights)
+    refused_by_convert(capsys, tmp_path, tmp_path / 'narrow', 'expected text states of 40', named=teacher,
+                       more=['--teacher', teacher])
 
 
 def test_what_half_precision_cannot_hold_is_not_written(weights, tmp_path, capsys):

@@ -289,7 +289,7 @@ def test_a_failing_compiler_gets_a_sentence(run, tmp_path, monkeypatch, capsys):
 def test_the_benchmark_runs(tmp_path):
     """On small nets; it asserts by itself that both sides compute the same, in training, too."""
     result = subprocess.run([sys.executable, ROOT / 'tests' / 'bench.py', '--small', '--repeat', '1', '--batch', '4',
-                             '--micro-batch', '2', '--work', tmp_path, 'unet', 'iteration'], capture_output=True, text=True)
+                             '--micro-batch', '2', '--work', tmp_path, 'unet', 'iteration', 'tricks'], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count('(bar') == 3 and 'off by' in result.stdout
 
@@ -323,7 +323,7 @@ def test_a_long_prompt_is_cut_with_a_warning(run):
 def test_text_files_of_any_editor_are_read(tmp_path):
     for name, text in {'prompts.txt': 'a red star\r\n\r\n  ein grüner Ring\r\n', 'sid_lsg.json': '{"lr": 1}\r\n'}.items():
         (tmp_path / name).write_bytes(text.encode('utf-8-sig'))
-    assert sid_lsg.read_prompts(tmp_path / 'prompts.txt') == ['a red star', 'ein grüner Ring']
+    assert fid.read_lines(tmp_path / 'prompts.txt', '--prompts') == ['a red star', 'ein grüner Ring']
     assert unet.read_json(tmp_path / 'sid_lsg.json') == {'lr': 1}
 
 
@@ -352,6 +352,7 @@ REFUSALS = {
     'half a batch beside the teacher': (['train', '--teacher', 'half'], '--batch to be a whole number'),
     'precision beside the teacher': (['train', '--teacher', 'fp8'], '--precision to be one of fp32, bf16, fp16, got fp8'),
     'switch beside the teacher': (['train', '--teacher', 'switch'], '--checkpoint to be true or false, got 1'),
+    'run of no name': (['train', '--teacher', 'TEACHER', '--resume', ''], 'expected a run folder at --resume'),
     'cut-off weights': (['train', '--teacher', 'cut'], 'cut'),
     'no generator yet': (['sample', 'a red star'], 'train'),
     'no prompt': (['sample', '--teacher', 'TEACHER', '--teacher-steps', '2'], 'expected a prompt'),
@@ -424,8 +425,8 @@ def test_help_is_grouped_and_says_every_default(command, groups, capsys):
 
 def test_the_default_settings_are_the_papers():
     c = sid_lsg.TrainConfig()
-    assert (c.kimg, c.lr, c.fake_lr, c.lr_end, c.batch, c.alpha, c.t_init, c.t_min, c.t_max, c.ema_kimg, c.ema_rampup,
-            c.kappa) == (8806.0, 1e-6, 1e-6, 1.0, 512, 1.0, 625, 20, 980, 50.0, 0.05, (1.5,))
+    assert (c.kimg, c.lr, c.fake_lr, c.batch, c.alpha, c.t_init, c.t_min, c.t_max, c.ema_kimg, c.ema_rampup,
+            c.kappa) == (8806.0, 1e-6, 1e-6, 512, 1.0, 625, 20, 980, 50.0, 0.05, (1.5,))
 
 
 class Copies(TorchDispatchMode):
@@ -491,6 +492,16 @@ def test_no_iteration_waits_for_the_device(teacher, tmp_path, monkeypatch):
     finally:
         torch.cuda.set_sync_debug_mode('default')
     assert len((tmp_path / 'run' / 'log.jsonl').read_text().splitlines()) >= 3
+
+
+def test_a_process_more_than_gpus_is_refused(monkeypatch):
+    """By torchrun's number of it; CUDA's own message for such a one is 'invalid device ordinal'."""
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    for rank, fits in (('1', True), ('2', False)):
+        monkeypatch.setenv('LOCAL_RANK', rank)
+        with contextlib.nullcontext() if fits else pytest.raises(ValueError, match='cuda:2 .* sees 2'):
+            assert sid_lsg.choose_device('').index == int(rank)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
