@@ -68,28 +68,28 @@ def reason(error):
 def usable_device(name, option='--device'):
     """The torch.device of that name. ValueError where this torch or machine has none."""
     try:
-        device = torch.device(name)
-        if device.type != 'cuda':               # a GPU's memory is left alone: each process has its own GPU
+        device, count = torch.device(name), torch.cuda.device_count()
+        check(device.type != 'cuda' or (device.index or 0) < count,
+              f'{option} {name} was asked for, but torch sees {count} CUDA devices; '
+              f'leave {option} out to use what is there, or install a CUDA build of torch')
+        if device.type != 'cuda' or 'LOCAL_RANK' not in os.environ:     # torchrun: each has its own GPU
             torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, ImportError):
-        raise ValueError(f'expected a device that this torch can use, such as cuda, cuda:1 or cpu, got '
-                         f'{option} {name}') from None
-    check(device.type != 'cuda' or (device.index or 0) < torch.cuda.device_count(),
-          f'{option} {name} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices; '
-          f'leave {option} out to use what is there, or install a CUDA build of torch')
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ValueError('expected a device that this torch can use, such as cuda, cuda:1 or cpu, got '
+                         f'{option} {name} ({reason(error)})') from None
     return device
 
 
 def read_lines(path, option):
     """The lines of a UTF-8 file, each a caption or prompt, without outer blanks, byte order mark and empty
-    ones; `option` is what named it."""
+    ones. `option` is what names it on the command line; ValueError says so."""
     try:
         lines = Path(path).read_text(encoding='utf-8-sig').split('\n')
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f'expected UTF-8 text, one caption or prompt a line, at {path}; '
-                         f'give another with {option} ({reason(error)})') from None
+        raise ValueError(f'expected UTF-8 text, one caption or prompt a line, at {path} '
+                         f'({reason(error)}); give another as {option}') from None
     lines = [line.strip() for line in lines if line.strip()]
-    check(lines, f'expected one caption or prompt a line in {path}, found none')
+    check(lines, f'expected one caption or prompt a line in {path}, found none; give another as {option}')
     return lines
 
 
@@ -590,7 +590,7 @@ def run_clip(args):
           f'expected FAKE and CAPTIONS with --clip, and no --skip-bad, got {" ".join(args.sets)}')
     pictures = read_pictures(args.sets[0], args, 'clean', args.num)
     count = next(pictures)
-    captions = read_lines(args.sets[1], 'the second SET')[:args.num or None]
+    captions = read_lines(args.sets[1], 'CAPTIONS')[:args.num or None]
     check(len(captions) == count, f'expected a caption for each picture, found {len(captions)} captions '
           f'in {args.sets[1]} and {count} pictures in {args.sets[0]}; --num N takes the first N of both')
     tokenizer = clip_text.load_tokenizer(args.tokenizer or Path(args.clip).parent)

@@ -534,7 +534,7 @@ import sys, torch
 sys.path.insert(0, 'tests')
 import bench
 from bench import F, sid_lsg, vae_module
-folder, side, repeat, plainly = bench.Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == 'plainly'
+folder, side, plainly = bench.Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == 'plainly'
 def forward(self, x):
     h = self.conv1(F.silu(self.norm1(x)))
     h = self.conv2(F.silu(self.norm2(h)))
@@ -545,14 +545,14 @@ else:
     sid_lsg.choose_device('cpu')
 vae, z = sid_lsg.place(vae_module.load(folder), torch.device('cpu')), torch.randn(1, 4, side, side)
 with torch.no_grad():
-    print(bench.beside([lambda: vae.decode(z)], torch.device('cpu'), repeat)[0], bench.peak_memory())
+    print(bench.beside([lambda: vae.decode(z)], torch.device('cpu'), 2)[0], bench.peak_memory())
 """
 START = """
 import sys, torch
 sys.path.insert(0, 'tests')
 import bench
 from bench import sid_lsg, time, unet
-folder, side, repeat, plainly = bench.Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == 'plainly'
+folder, plainly = bench.Path(sys.argv[1]), sys.argv[3] == 'plainly'
 device, began = sid_lsg.choose_device('cpu'), time.perf_counter()
 net = sid_lsg.place(unet.load(folder, torch.float32 if plainly else None), device)
 takes = net.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.in_features
@@ -570,15 +570,17 @@ def tricks_row(table, args):
             shared, twice = (flops(lambda: net(x, t.expand(len(x)), torch.cat([context, context])))
                              for x in (x, torch.cat([x, x])))
         print(f'both texts in one call, {name}: {1 - shared / twice:.1%} of FLOPs saved')
-    vae = vae_module.load(args.folder).requires_grad_(False).to(table.device)
-    last, z = copy.deepcopy(vae).to(memory_format=torch.channels_last), torch.randn(1, 4, *x.shape[2:], device=table.device)
-    a, b = beside([lambda: last.decode(z), lambda: vae.decode(z)], table.device, args.repeat)
-    print(f'VAE in channels_last, fp32: {a:.3f} s, else {b:.3f} s, ratio {a / b:.2f}', flush=True)
+    z = torch.randn(1, 4, *x.shape[2:], device=table.device)
+    for dtype in (torch.float32, torch.bfloat16):
+        vae = vae_module.load(args.folder, dtype).requires_grad_(False).to(table.device)
+        last = copy.deepcopy(vae).to(memory_format=torch.channels_last)
+        a, b = beside([lambda: last.decode(z), lambda: vae.decode(z)], table.device, args.repeat)
+        print(f'VAE in channels_last, {dtype}: {a:.3f} s, else {b:.3f} s, ratio {a / b:.2f}', flush=True)
     for name, program in (('VAE in place and freed memory kept', DECODE), ('UNet from fp16, widened layer by layer', START)):
         found = {'as it is': [], 'plainly': []}
         for _ in range(args.repeat if table.device.type == 'cpu' else 0):
             for how, results in found.items():
-                said = process([sys.executable, '-c', program, args.folder, x.shape[2], 2, how])
+                said = process([sys.executable, '-c', program, args.folder, x.shape[2], how])
                 results.append([float(number) for number in said.split()[-2:]])
         if found['plainly']:
             (a, less), (b, more) = ([statistics.median(column) for column in zip(*rows)] for rows in found.values())

@@ -291,7 +291,7 @@ def test_the_benchmark_runs(tmp_path):
     result = subprocess.run([sys.executable, ROOT / 'tests' / 'bench.py', '--small', '--repeat', '1', '--batch', '4',
                              '--micro-batch', '2', '--work', tmp_path, 'unet', 'iteration', 'tricks'], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count('(bar') == 3 and 'off by' in result.stdout
+    assert result.stdout.count('(bar') == 3 and 'off by' in result.stdout and result.stdout.count(' else ') == 4
 
 
 def test_memory_is_counted_as_the_readme_explains_it(teacher):
