@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench
@@ -264,10 +265,15 @@ def compile_with(backend, monkeypatch):
 
 
 def test_compiled_nets_train_and_draw_as_others_do(run, teacher, tmp_path, monkeypatch):
-    """Also the last pictures, whose batch is filled up to the compiled shape."""
+    """Also the last pictures, whose batch is filled up to the compiled shape. The whole UNet is one graph, and training
+    needs four: G without gradients, G and fake with their weights', the frozen two with their input's. After eight torch gives up
+    without a word."""
     folder, _ = run
     compile_with('eager', monkeypatch)
+    torch.compiler.reset()
+    counters.clear()
     compiled, plain = trained(tmp_path / 'compiled', teacher, compile=True), weights(folder / 'runs' / '000')
+    assert not counters['graph_break'] and counters['stats']['unique_graphs'] == 4
     assert all(torch.allclose(compiled[key], plain[key], rtol=1e-4, atol=1e-5) for key in plain)
     for name, more in (('plain', []), ('compiled', ['--compile'])):
         sid_lsg.main(['sample', 'a red star 1', '--seeds', '0-4', '--batch', '4', '--generator', str(folder / 'runs' / '000'),
