@@ -293,12 +293,12 @@ def test_a_failing_compiler_gets_a_sentence(run, tmp_path, monkeypatch, capsys):
 
 
 def test_the_benchmark_runs(tmp_path):
-    """On small nets; it asserts by itself that both sides compute the same, in training, too."""
+    """On small nets; it asserts by itself that both sides train the same. The README's test runs the row of the UNet."""
     result = subprocess.run([sys.executable, ROOT / 'tests' / 'bench.py', '--small', '--repeat', '1', '--batch', '4',
-                             '--micro-batch', '2', '--pictures', '2', '--work', tmp_path, 'unet', 'iteration', 'tricks', 'sampling'],
+                             '--micro-batch', '2', '--pictures', '2', '--work', tmp_path, 'iteration', 'tricks', 'sampling'],
                             capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count('(bar') == 4 and 'off by' in result.stdout and result.stdout.count(' else ') == 4
+    assert result.stdout.count('(bar') == 2 and 'off by' in result.stdout and result.stdout.count(' else ') == 4
 
 
 def test_memory_is_counted_as_the_readme_explains_it(teacher):
