@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import weakref
 from pathlib import Path
 from unittest import mock
@@ -667,8 +668,8 @@ def main(arguments=None):
     for name in args.rows or default:
         try:
             rows[name](table, args)
-        except Exception as error:              # time on a rented GPU is dear: go on
-            print(f'{name} failed: {type(error).__name__} {error}', flush=True)
+        except Exception:                       # time on a rented GPU is dear: go on
+            traceback.print_exc()
             failed.append(name)
         torch.compiler.reset()                  # it compiles a function for eight cases at most
         free(table.device)
