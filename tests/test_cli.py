@@ -1,13 +1,14 @@
 """The command line as a user has it: train, then sample, on a teacher of random weights; and what is refused, how."""
 
 import contextlib
+import io
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,9 +27,23 @@ import vae
 from conftest import ROOT, SETTINGS
 
 
-def command(*arguments, cwd, env=None):
-    return subprocess.run([sys.executable, ROOT / 'sid_lsg.py', *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
-                          env=env)
+def command(*arguments, cwd):
+    """The program in a process of its own, as a user starts it."""
+    return subprocess.run([sys.executable, ROOT / 'sid_lsg.py', *map(str, arguments)], cwd=cwd, capture_output=True, text=True)
+
+
+def call(*arguments, cwd, **environment):
+    """The same in this process, which is spared the import of torch; the exit code, what was printed, and the errors."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.chdir(cwd)
+        for name, value in environment.items():
+            patch.setenv(name, str(value))
+        try:
+            sid_lsg.main([*map(str, arguments)])
+        except SystemExit as stop:
+            code = stop.code
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def weights(run):
@@ -165,7 +180,7 @@ def test_sample_takes_the_newest_run_and_labels_its_pictures(run):
     assert first.size == (32, 32) and first.text['prompt'] == prompt and first.text['seed'] == '1'
     assert last.text['prompt'] == 'ünï' and last.text['seed'] == '7' and last.text['generator'].startswith('runs/000')
     assert not list(folder.glob('pictures/*.tmp'))
-    again = command('sample', 'something else', '--out', 'pictures', cwd=folder)
+    again = call('sample', 'something else', '--out', 'pictures', cwd=folder)
     assert again.returncode == 2 and 'nothing was overwritten' in again.stderr
 
 
@@ -175,18 +190,17 @@ def test_sample_goes_on_where_it_was_cut_off_and_shares_work(run, tmp_path):
     prompts = tmp_path / 'prompts.txt'
     prompts.write_text('\n'.join(f'a red star {i}' for i in range(5)))
     ask = ['sample', '--prompts', prompts, '--generator', folder / 'runs' / '000', '--batch', 2]
-    assert command(*ask, '--out', 'all', cwd=tmp_path).returncode == 0
+    assert call(*ask, '--out', 'all', cwd=tmp_path).returncode == 0
     pixels = [np.asarray(Image.open(tmp_path / 'all' / f'{i:06d}.png')).astype(int) for i in range(5)]
     (tmp_path / 'all' / '000003.png').unlink()
     kept = (tmp_path / 'all' / '000002.png').stat().st_mtime_ns
-    result = command(*ask, '--out', 'all', '--precision', 'bf16', cwd=tmp_path)
+    result = call(*ask, '--out', 'all', '--precision', 'bf16', cwd=tmp_path)
     assert result.returncode == 2 and 'with another precision' in result.stderr
-    result = command(*ask, '--out', 'all', cwd=tmp_path)
+    result = call(*ask, '--out', 'all', cwd=tmp_path)
     assert result.stdout.split() == ['all/000003.png', 'all/grid.png'] and '4 of 5' in result.stderr
     assert (tmp_path / 'all' / '000002.png').stat().st_mtime_ns == kept
     for rank, own in ((0, [0, 2, 4]), (1, [1, 3])):
-        environment = {**os.environ, 'RANK': str(rank), 'WORLD_SIZE': '2'}
-        result = command(*ask, '--out', 'shared', cwd=tmp_path, env=environment)
+        result = call(*ask, '--out', 'shared', cwd=tmp_path, RANK=rank, WORLD_SIZE=2)
         paths = [f'shared/{i:06d}.png' for i in own] + ['shared/grid.png'] * rank       # the last one draws the grid
         assert result.stdout.split() == paths, result.stderr
     for name in ('all', 'shared'):
@@ -199,7 +213,7 @@ def test_a_picture_depends_on_its_prompt_and_seed_alone(run):
     folder, _ = run
 
     def pixels(name, *arguments):
-        result = command('sample', *arguments, '--steps', 2, '--out', name, cwd=folder)
+        result = call('sample', *arguments, '--steps', 2, '--out', name, cwd=folder)
         assert result.returncode == 0, result.stderr
         return [np.asarray(Image.open(p)).astype(int) for p in sorted(folder.glob(f'{name}/0*.png'))]
     together = pixels('p1', 'a red star 1', 'a blue ring', '--seeds', '3-5')
@@ -213,7 +227,7 @@ def test_a_picture_depends_on_its_prompt_and_seed_alone(run):
 def test_sample_draws_with_the_teacher_and_from_a_file(run, teacher):
     folder, _ = run
     (folder / 'some.txt').write_text('a red star 1\n\na blue ring\n')
-    result = command('sample', '--prompts', 'some.txt', '--teacher', teacher, '--teacher-steps', 3, '--kappa', 2, '--out', 'drawn',
+    result = call('sample', '--prompts', 'some.txt', '--teacher', teacher, '--teacher-steps', 3, '--kappa', 2, '--out', 'drawn',
                      cwd=folder)
     assert result.returncode == 0, result.stderr
     text = Image.open(folder / 'drawn' / '000001.png').text
@@ -322,7 +336,7 @@ def test_peaks_are_counted_as_they_are():
 
 def test_a_long_prompt_is_cut_with_a_warning(run):
     folder, _ = run
-    result = command('sample', 'a red star ' * 25 + 'and the end', '星' * 39 + '月', '--out', 'long', cwd=folder)
+    result = call('sample', 'a red star ' * 25 + 'and the end', '星' * 39 + '月', '--out', 'long', cwd=folder)
     assert result.returncode == 0 and 'cut: "' in result.stderr
     assert 'and the end"' in result.stderr and '星月"' in result.stderr     # few characters, three bytes each
 

@@ -84,7 +84,7 @@ def test_the_first_two_commands_install_what_they_run():
     train, test = [line.strip() for line in README.splitlines() if line.startswith('    python3 ')]
     install = 'python3 -m venv .venv && .venv/bin/pip install -r requirements.txt'
     assert train == f'{install} && .venv/bin/python sid_lsg.py train'
-    assert test == f'{install} -r tests/requirements.txt && .venv/bin/python -m pytest -q tests'
+    assert test == f'{install} -r tests/requirements.txt && .venv/bin/python -m pytest -q -n 2 --dist loadfile tests'
 
 
 def test_the_file_guide_counts_right():
