@@ -1256,7 +1256,8 @@ def open_run(config):
         vae, encode, tokenizer = load_parts(config.teacher, device, teacher, config.tokenizer)
         shape = latent_shape(config.size, teacher, vae)
         prompts = fid.read_lines(config.prompts or Path(config.teacher) / 'prompts.txt', '--prompts')
-        warn_of_cuts(prompts, tokenizer)
+        if first:
+            warn_of_cuts(prompts, tokenizer)
         scoring = open_scoring(config, prompts, device) if config.fid_stats else None
         out = Path(config.resume) if config.resume else None
         if first and not config.resume:
@@ -1357,8 +1358,12 @@ def drawn(path, **facts):
     """Whether a picture is there. ValueError where it is one of other settings."""
     if not path.is_file():
         return False
-    with Image.open(path) as image:
-        text = getattr(image, 'text', {})       # another format than PNG has none
+    try:
+        with Image.open(path) as image:
+            text = getattr(image, 'text', {})   # another format than PNG has none
+    except Exception as error:      # Pillow's decoders raise OSError, SyntaxError, struct.error ...
+        raise ValueError(f'expected a whole picture at {path}, found none ({fid.reason(error)}); delete '
+                         'it, and it is drawn again') from None
     other = [name for name, value in facts.items() if text.get(name) != value]
     check(not other, f'{path} is there already, with another {" and ".join(other)}; '
                      'nothing was overwritten, give another --out')

@@ -206,6 +206,10 @@ def test_sample_goes_on_where_it_was_cut_off_and_shares_work(run, tmp_path):
     for name in ('all', 'shared'):
         for i in range(5):
             assert abs(np.asarray(Image.open(tmp_path / name / f'{i:06d}.png')) - pixels[i]).max() <= 1
+    broken = tmp_path / 'all' / '000001.png'    # a full disk while copying, say
+    broken.write_bytes(broken.read_bytes()[:-200])
+    result = call(*ask, '--out', 'all', cwd=tmp_path)
+    assert result.returncode == 2 and 'all/000001.png' in result.stderr and 'delete it' in result.stderr
 
 
 def test_a_picture_depends_on_its_prompt_and_seed_alone(run):
