@@ -59,6 +59,11 @@ def wait(device):
         torch.cuda.synchronize()
 
 
+def precisions(device):
+    """What it is measured in. A CPU without bf16 arithmetic would emulate it, diffusers' picture for an hour."""
+    return [name for name in ('fp32', 'bf16') if sid_lsg.arithmetic(DTYPES[name], device) == DTYPES[name]]
+
+
 def free(device):
     Timed.last = None
     gc.collect()
@@ -117,7 +122,7 @@ class Table:
         """FLOP/s of a large square matrix product: of side 8192, or the first to take a tenth of a second."""
         if precision not in self.ceilings:
             n, took = 128, 0.0
-            while n < 8192 and took < 0.1:      # emulated half precision is slow
+            while n < 8192 and took < 0.1:      # a CPU takes seconds for 8192
                 n *= 2
                 a, b = (torch.randn(n, n, device=self.device).to(DTYPES[precision]) for _ in range(2))
                 took = beside([lambda: a @ b], self.device, 1)[0]
@@ -173,6 +178,8 @@ def generator(folder, dtype, device):
 def pipeline(folder, dtype, device):
     """The same with diffusers."""
     from diffusers import StableDiffusionPipeline
+    from diffusers.utils.logging import disable_progress_bar
+    disable_progress_bar()
     pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=dtype).to(device)
     pipe.set_progress_bar_config(disable=True)
 
@@ -417,7 +424,7 @@ def unet_row(table, args):
     rng = torch.Generator().manual_seed(0)
     x, context = (torch.randn(batch, *y.shape[1:], generator=rng).to(device) for y in (x, context))
     t = torch.full((batch,), 625, device=device)
-    for precision in ('fp32', 'bf16'):
+    for precision in precisions(device):
         for compiled in (False, True) if args.compile and precision == 'bf16' else (False,):
             dtype = DTYPES[precision]
             ours = unet.load(args.folder, dtype).to(device, memory_format=torch.channels_last)
@@ -448,24 +455,23 @@ DRAW = """
 import sys, torch
 sys.path.insert(0, 'tests')
 import bench
-make, folder, device, side, repeat = sys.argv[1:]
+make, folder, precision, device, side, repeat = sys.argv[1:]
 device = torch.device(device)
-_, draw = getattr(bench, make)(bench.Path(folder), torch.bfloat16, device)
+_, draw = getattr(bench, make)(bench.Path(folder), bench.DTYPES[precision], device)
 print(bench.beside([lambda: draw([bench.PROMPT], int(side))], device, int(repeat))[0], bench.peak_memory())
 """
 
 
 def picture_row(table, args):
     """CPU: a picture, text to uint8 in one step, each side in a process of its own for the peak of memory"""
-    side, found = 8 * meta(args.folder)[2].shape[2], {'generator': [], 'pipeline': []}
+    precision, side = precisions(table.device)[-1], 8 * meta(args.folder)[2].shape[2]
+    found = {'generator': [], 'pipeline': []}
     for _ in range(2):
         for make, results in found.items():
-            said = process([sys.executable, '-c', DRAW, make, args.folder, table.device, side, args.repeat])
+            said = process([sys.executable, '-c', DRAW, make, args.folder, precision, table.device, side, args.repeat])
             results.append([float(number) for number in said.split()[-2:]])
     (a, ours), (b, theirs) = ([statistics.median(column) for column in zip(*rows)] for rows in found.values())
-    # A CPU without bf16 computes in fp32 here (sid_lsg.arithmetic), so the share is of the higher ceiling.
-    precision = max(('fp32', 'bf16'), key=table.ceiling)
-    table.row(f'text to uint8, {side} px, one step, bf16', precision, a, b, 0.85, picture_flops(args.folder),
+    table.row(f'text to uint8, {side} px, one step, {precision}', precision, a, b, 0.85, picture_flops(args.folder),
               f'peak memory {ours:.2f} GB, diffusers {theirs:.2f} GB')
 
 
@@ -475,7 +481,7 @@ def iteration_row(table, args):
     turns, each = (2, args.repeat) if args.compile else (args.repeat, 2)        # compiling anew takes minutes
     if device.type == 'cuda' or args.small:
         cases.append((args.folder.name, args.folder, dict(
-            batch=args.batch, micro_batch=args.micro_batch, precision='bf16', compile=args.compile)))
+            batch=args.batch, micro_batch=args.micro_batch, precision=precisions(device)[-1], compile=args.compile)))
     for name, folder, settings in cases:
         ours, theirs, off = [], [], []
         for _ in range(turns):
@@ -512,8 +518,8 @@ pipe(prompt, height=64, width=64, timesteps=[625], guidance_scale=1.0).images[0]
 
 def start_row(table, args):
     """from the start of the process to a picture on disk, one of 64 px, so that loading is what counts"""
-    for name, folder, precision in (('tiny teacher', TINY, 'fp32'), (args.folder.name, args.folder, 'fp32'),
-                                    (args.folder.name, args.folder, 'bf16')):
+    for name, folder, precision in (('tiny teacher', TINY, 'fp32'), *(
+            (args.folder.name, args.folder, precision) for precision in precisions(table.device))):
         out = Path(tempfile.mkdtemp(dir=args.work))
         ours = [sys.executable, 'sid_lsg.py', 'sample', PROMPT, '--generator', folder, '--size', 64, '--device',
                 table.device, '--precision', precision, '--out', out / 'ours']
@@ -572,7 +578,7 @@ def tricks_row(table, args):
                              for x in (x, torch.cat([x, x])))
         print(f'both texts in one call, {name}: {1 - shared / twice:.1%} of FLOPs saved')
     z = torch.randn(1, 4, *x.shape[2:], device=table.device)
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in map(DTYPES.get, precisions(table.device)):
         vae = vae_module.load(args.folder, dtype).requires_grad_(False).to(table.device)
         last = copy.deepcopy(vae).to(memory_format=torch.channels_last)
         a, b = beside([lambda: last.decode(z), lambda: vae.decode(z)], table.device, args.repeat)
@@ -589,14 +595,15 @@ def tricks_row(table, args):
 
 
 def compiled_pictures(table, args, batch, bar):
-    (net, decoder), left = generator(args.folder, torch.bfloat16, table.device)
-    theirs, right = pipeline(args.folder, torch.bfloat16, table.device)
+    precision = precisions(table.device)[-1]
+    (net, decoder), left = generator(args.folder, DTYPES[precision], table.device)
+    theirs, right = pipeline(args.folder, DTYPES[precision], table.device)
     side = 8 * net.sample_size
     for part in (net, decoder, *theirs) if args.compile else ():        # in the modes that sample() chooses
         part.compile(dynamic=False, mode='reduce-overhead' if batch == 1 else 'default')
     a, b = beside([lambda: left([PROMPT] * batch, side), lambda: right([PROMPT] * batch, side)],
                   table.device, args.repeat)
-    table.row(f'text to uint8, {batch} x {side} px, one step, bf16', 'bf16', a, b, bar,
+    table.row(f'text to uint8, {batch} x {side} px, one step, {precision}', precision, a, b, bar,
               batch * picture_flops(args.folder), f'{batch / a:.1f} pictures a second')
 
 
