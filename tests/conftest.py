@@ -8,8 +8,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))       # `import unet` works wherever pytest is started
 
 # Nothing here may reach for the network, and the output is the tests' own: no progress bars, no advice. One thread a
-# process, since two processes that share two cores with two threads each take six times as long. The libraries read
-# these at import, hence here, before any test module is.
+# process, since two processes of two threads each on two cores wait for one another (72 seconds for what takes 11).
+# The libraries read these at import, hence here, before any test module is.
 os.environ.update(OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1', TRANSFORMERS_OFFLINE='1', HF_HUB_DISABLE_PROGRESS_BARS='1',
                   TRANSFORMERS_VERBOSITY='error', DIFFUSERS_VERBOSITY='error')
 

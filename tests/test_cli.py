@@ -232,7 +232,7 @@ def test_sample_draws_with_the_teacher_and_from_a_file(run, teacher):
     folder, _ = run
     (folder / 'some.txt').write_text('a red star 1\n\na blue ring\n')
     result = call('sample', '--prompts', 'some.txt', '--teacher', teacher, '--teacher-steps', 3, '--kappa', 2, '--out', 'drawn',
-                     cwd=folder)
+                  cwd=folder)
     assert result.returncode == 0, result.stderr
     text = Image.open(folder / 'drawn' / '000001.png').text
     assert text['prompt'] == 'a blue ring' and text['seed'] == '1' and text['kappa'] == '2.0' and text['teacher_steps'] == '3'
