@@ -518,8 +518,9 @@ pipe(prompt, height=64, width=64, timesteps=[625], guidance_scale=1.0).images[0]
 
 def start_row(table, args):
     """from the start of the process to a picture on disk, one of 64 px, so that loading is what counts"""
-    for name, folder, precision in (('tiny teacher', TINY, 'fp32'), *(
-            (args.folder.name, args.folder, precision) for precision in precisions(table.device))):
+    cases = [('tiny teacher', TINY, 'fp32')]
+    cases += [(args.folder.name, args.folder, precision) for precision in precisions(table.device)]
+    for name, folder, precision in cases:
         out = Path(tempfile.mkdtemp(dir=args.work))
         ours = [sys.executable, 'sid_lsg.py', 'sample', PROMPT, '--generator', folder, '--size', 64, '--device',
                 table.device, '--precision', precision, '--out', out / 'ours']
