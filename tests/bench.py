@@ -56,7 +56,7 @@ DTYPES = sid_lsg.DTYPES
 
 def wait(device):
     if device.type == 'cuda':
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
 
 
 def precisions(device):
@@ -172,7 +172,7 @@ def generator(folder, dtype, device):
     def draw(prompts, side):
         return sid_lsg.draw_pictures(lambda z, fresh, context: sid_lsg.generate(net, z, context), vae,
                                      encode(prompts), range(len(prompts)), (4, side // 8, side // 8))
-    return (net, vae.decoder), draw
+    return (net, vae.decoder, encode.net), draw
 
 
 def pipeline(folder, dtype, device):
@@ -185,7 +185,7 @@ def pipeline(folder, dtype, device):
 
     def draw(prompts, side):
         return pipe(prompts, height=side, width=side, timesteps=[625], guidance_scale=1.0).images
-    return (pipe.unet, pipe.vae.decoder), draw
+    return (pipe.unet, pipe.vae.decoder, pipe.text_encoder), draw
 
 
 def meta(folder):
@@ -445,7 +445,7 @@ def unet_row(table, args):
             a, b = beside([left, right], device, args.repeat)
             table.row(f'UNet, {batch} x {8 * x.shape[2]} px, {precision}{", compiled" * compiled}', precision, a, b,
                       0.9 if compiled else 1.0, count, f'off by {off[0]:.0e}, diffusers {off[1]:.0e}')
-            assert max(off) < (1e-5 if precision == 'fp32' else 0.05), off
+            assert max(off) < (0.05 if precision == 'bf16' else 1e-4 if device.type == 'cuda' else 1e-5), off
             del ours, theirs
             free(device)
 
@@ -489,6 +489,8 @@ def iteration_row(table, args):
             config, times, losses = train(each, args.work, teacher=str(folder), device=str(device),
                                           prompts=str(folder / 'prompts.txt'), **settings)
             ours += times
+            if config.compile:                  # what is known if time runs out while theirs compiles
+                print(f'{name}, compiled: {statistics.median(times):.3f} s', flush=True)
             free(device)
             iterate = official(folder, config, device)
             expected = iterate(0)
@@ -597,11 +599,11 @@ def tricks_row(table, args):
 
 def compiled_pictures(table, args, batch, bar):
     precision = precisions(table.device)[-1]
-    (net, decoder), left = generator(args.folder, DTYPES[precision], table.device)
+    ours, left = generator(args.folder, DTYPES[precision], table.device)
     theirs, right = pipeline(args.folder, DTYPES[precision], table.device)
-    side = 8 * net.sample_size
-    for part in (net, decoder, *theirs) if args.compile else ():        # in the modes that sample() chooses
-        part.compile(dynamic=False, mode='reduce-overhead' if batch == 1 else 'default')
+    side = 8 * ours[0].sample_size
+    for parts in (ours, theirs) if args.compile else ():
+        sid_lsg.compile_to_draw(*parts, batch)
     a, b = beside([lambda: left([PROMPT] * batch, side), lambda: right([PROMPT] * batch, side)],
                   table.device, args.repeat)
     table.row(f'text to uint8, {batch} x {side} px, one step, {precision}', precision, a, b, bar,

@@ -17,10 +17,29 @@ import pytest
 import torch
 
 import clip_text
+import sid_lsg
 import unet
 import vae
 
+# With or without a GPU tests run on the CPU, which adds in the same order each time; the fixture `cuda` gives the GPU back.
+GPU, VISIBLE = torch.cuda.is_available, os.environ.get('CUDA_VISIBLE_DEVICES')
+THERE = GPU()                       # asked before it is hidden, from programs that tests start too
+torch.cuda.is_available = lambda: False
+os.environ['CUDA_VISIBLE_DEVICES'] = ''
+
 SETTINGS = dict(kimg=0.024, batch=8, lr=1e-3, fake_lr=1e-3, ema_kimg=0.1, grid_kimg=0.016, seed=1)
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """The GPU's torch.device."""
+    if not THERE:
+        pytest.skip('no CUDA device')
+    monkeypatch.setattr(torch.cuda, 'is_available', GPU)
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES')
+    if VISIBLE is not None:
+        monkeypatch.setenv('CUDA_VISIBLE_DEVICES', VISIBLE)
+    return sid_lsg.choose_device('cuda')
 
 
 @pytest.fixture(scope='session')
