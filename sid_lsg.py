@@ -84,7 +84,7 @@ def option(default, help, **more):
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 TOKENIZER = option('', 'folder with vocab.json and merges.txt (default: the teacher\'s, or the local '
                    'Hugging Face cache\'s if the teacher is a single file)', metavar='FOLDER')
-COMPILE = option(False, 'torch.compile the nets: minutes at the start, then faster')
+COMPILE = option(False, 'torch.compile the nets: minutes at the start, then faster; for GPUs')
 DEVICE = option('', 'cuda, cuda:1, cpu ... (default: cuda if there is one, else cpu)', group='the machine')
 
 
