@@ -819,7 +819,7 @@ def sample(config):
 
 def compile_to_draw(net, decoder, text, batch):
     """torch.compile the nets that draw `batch` pictures at a time; a single one in CUDA graphs."""
-    # The text is 0.4 % of a picture's FLOPs but 170 kernels: it counts where each waits for the host.
+    # The text encoder is little work in many kernels: it counts where these wait for the host to start them.
     for part in (net, decoder, text) if batch == 1 else (net, decoder):
         part.compile(dynamic=False, mode='reduce-overhead' if batch == 1 else 'default')
 

@@ -416,7 +416,7 @@ def predicted_peak(folder, precision='fp32', ema_device='', checkpoint=False, ba
 def unet_row(table, args):
     """one call of the UNet, without gradients"""
     from diffusers import UNet2DConditionModel
-    device, exact = table.device, None
+    device, exact, wrong = table.device, None, []
     net, _, x, t, context = meta(args.folder)
     batch = 8 if device.type == 'cuda' else 1
     with torch.no_grad():
@@ -445,9 +445,11 @@ def unet_row(table, args):
             a, b = beside([left, right], device, args.repeat)
             table.row(f'UNet, {batch} x {8 * x.shape[2]} px, {precision}{", compiled" * compiled}', precision, a, b,
                       0.9 if compiled else 1.0, count, f'off by {off[0]:.0e}, diffusers {off[1]:.0e}')
-            assert max(off) < (0.05 if precision == 'bf16' else 1e-4 if device.type == 'cuda' else 1e-5), off
+            if max(off) >= (1e-5 if precision == 'fp32' else 0.05):
+                wrong.append((precision, off))
             del ours, theirs
             free(device)
+    assert not wrong, wrong                     # at the end: time on a rented GPU is dear
 
 
 # Nothing else may happen in this process, whose peak of memory is compared.
