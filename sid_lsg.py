@@ -1153,8 +1153,8 @@ def user_errors():
 
 def warn_of_cuts(prompts, tokenizer):
     """Say on stderr which prompts do not fit into CLIP's 77 positions, and what of them is lost."""
-    # A token is a byte at least, and characters outside ASCII are several.
-    long = [prompt for prompt in prompts if len(prompt.encode()) > clip_text.LENGTH - 2]
+    # A token is a byte at least; only what is not ASCII can grow by being normalised.
+    long = [prompt for prompt in prompts if len(prompt) > clip_text.LENGTH - 2 or not prompt.isascii()]
     cut = [(prompt, lost) for prompt in long if (lost := tokenizer.lost(prompt))]
     for prompt, lost in cut[:3]:
         print(f'warning: "{textwrap.shorten(prompt, 60)}" is longer than {clip_text.LENGTH} tokens, '

@@ -354,9 +354,10 @@ def test_peaks_are_counted_as_they_are():
 
 def test_a_long_prompt_is_cut_with_a_warning(run):
     folder, _ = run
-    result = call('sample', 'a red star ' * 25 + 'and the end', '星' * 39 + '月', '--out', 'long', cwd=folder)
+    result = call('sample', 'a red star ' * 25 + 'and the end', '星' * 39 + '月', 'İ' * 30, '--out', 'long', cwd=folder)
     assert result.returncode == 0 and 'cut: "' in result.stderr
     assert 'and the end"' in result.stderr and '星月"' in result.stderr     # few characters, three bytes each
+    assert 'İİİİİ"' in result.stderr        # 60 bytes, and 90 in lower case
 
 
 def test_text_files_of_any_editor_are_read(tmp_path):
