@@ -81,8 +81,8 @@ def seconds(call, device):
 
 
 def beside(calls, device, repeat):
-    """Median seconds of each call, in turns, after a turn that does not count: it warms up, and compiles."""
-    for call in calls:
+    """Median seconds of each call, in turns, after those that do not count: they warm up, compile, and record."""
+    for call in calls * (2 if device.type == 'cuda' else 1):        # the second call records a CUDA graph
         call()
     times = [[seconds(call, device) for call in calls] for _ in range(repeat)]
     return [statistics.median(column) for column in zip(*times)]
@@ -480,8 +480,9 @@ def picture_row(table, args):
 def iteration_row(table, args):
     """a training iteration, beside the same mathematics arranged as the official loop arranges it"""
     device, cases = table.device, [] if args.small else [('tiny teacher', TINY, dict(precision='fp32'))]
-    turns, each = (2, args.repeat) if args.compile else (args.repeat, 2)        # compiling anew takes minutes
-    if device.type == 'cuda' or args.small:
+    cuda = device.type == 'cuda'
+    turns, each = (2, args.repeat) if cuda else (args.repeat, 2)    # to load, and to compile, takes minutes there
+    if cuda or args.small:
         cases.append((args.folder.name, args.folder, dict(
             batch=args.batch, micro_batch=args.micro_batch, precision=precisions(device)[-1], compile=args.compile)))
     for name, folder, settings in cases:
@@ -491,8 +492,8 @@ def iteration_row(table, args):
             config, times, losses = train(each, args.work, teacher=str(folder), device=str(device),
                                           prompts=str(folder / 'prompts.txt'), **settings)
             ours += times
-            if config.compile:                  # what is known if time runs out while theirs compiles
-                print(f'{name}, compiled: {statistics.median(times):.3f} s', flush=True)
+            if cuda:                            # what is known if time or memory runs out on the other side
+                print(f'{name}: {statistics.median(times):.3f} s', flush=True)
             free(device)
             iterate = official(folder, config, device)
             expected = iterate(0)
@@ -501,7 +502,8 @@ def iteration_row(table, args):
             theirs += [seconds(lambda: iterate(i), device) for i in range(1, each + 1)]
             del iterate
         a, b = statistics.median(ours), statistics.median(theirs)
-        table.row(f'training iteration, {name}, batch {config.batch}, {config.precision}', config.precision, a, b, 0.6,
+        table.row(f'training iteration, {name}, batch {config.batch}, {config.precision}'
+                  f'{", compiled" * config.compile}', config.precision, a, b, 0.6 if folder == TINY else 0.9,
                   config.batch * training_flops(folder, config.kappa), f'{1000 / config.batch * a:.1f} s per 1,000 images, '
                   f'losses off by {max(off):.0e}')
         assert all(x < (1e-4 if config.precision == 'fp32' else 0.02) for x in off), off
@@ -608,8 +610,8 @@ def compiled_pictures(table, args, batch, bar):
         sid_lsg.compile_to_draw(*parts, batch)
     a, b = beside([lambda: left([PROMPT] * batch, side), lambda: right([PROMPT] * batch, side)],
                   table.device, args.repeat)
-    table.row(f'text to uint8, {batch} x {side} px, one step, {precision}', precision, a, b, bar,
-              batch * picture_flops(args.folder), f'{batch / a:.1f} pictures a second')
+    table.row(f'text to uint8, {batch} x {side} px, one step, {precision}{", compiled" * args.compile}', precision,
+              a, b, bar, batch * picture_flops(args.folder), f'{batch / a:.1f} pictures a second')
 
 
 def sampling_row(table, args):
@@ -644,7 +646,8 @@ def memory_row(table, args):
         free(table.device)
         try:
             train(1, args.work, teacher=str(args.folder), device=str(table.device), batch=size, precision='bf16')
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:           # or cuDNN's, which finds no engine for want of memory
+            print(f'memory, bf16: micro-batch {size} does not fit: {str(error).splitlines()[0]}')
             break
         print(f'memory, bf16: micro-batch {size} fits', flush=True)
 
@@ -662,6 +665,7 @@ def main(arguments=None):
     parser.add_argument('--batch', type=int, default=32, help='of the full-size training iteration (default: %(default)s)')
     parser.add_argument('--micro-batch', type=int, default=8, help='likewise (default: %(default)s)')
     parser.add_argument('--pictures', type=int, default=16, help='at once, in sampling (default: %(default)s)')
+    parser.add_argument('--no-compile', action='store_true', help='on a GPU: compiling takes minutes a row')
     parser.add_argument('--small', action='store_true', help='nets of no use but to see that all rows run')
     args = parser.parse_args(arguments)
     unknown = set(args.rows) - set(rows)
@@ -671,7 +675,8 @@ def main(arguments=None):
     args.work.mkdir(parents=True, exist_ok=True)
     args.folder = make_folder(args.work, args.small)
     table = Table(sid_lsg.choose_device(args.device))
-    cuda = args.compile = table.device.type == 'cuda'
+    cuda = table.device.type == 'cuda'
+    args.compile = cuda and not args.no_compile
     where = (torch.cuda.get_device_name(table.device) if cuda
              else f'{platform.machine()}, {torch.get_num_threads()} threads')
     print(f'{time.strftime("%Y-%m-%d")}, {where}, torch {torch.__version__}', flush=True)
