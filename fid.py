@@ -586,8 +586,9 @@ def clip_tokens(tokenizer, captions):
 @torch.no_grad()
 def run_clip(args):
     """The mean over pictures i of their cosine with caption i: not scaled, nothing cut off."""
-    check(len(args.sets) == 2 and not args.skip_bad,
-          f'expected FAKE and CAPTIONS with --clip, and no --skip-bad, got {" ".join(args.sets)}')
+    check(len(args.sets) == 2, f'expected FAKE and CAPTIONS with --clip, got {" ".join(args.sets)}')
+    check(not (args.skip_bad or args.save_stats or args.coco or args.preset != 'clean'),
+          '--skip-bad, --save-stats, --coco and --preset are for FID; leave them out with --clip')
     pictures = read_pictures(args.sets[0], args, 'clean', args.num)
     count = next(pictures)
     captions = read_lines(args.sets[1], 'CAPTIONS')[:args.num or None]

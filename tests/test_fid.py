@@ -491,6 +491,8 @@ REFUSALS = {
     'ImageNet weights': (['real', 'fake', '--weights', 'imagenet.pth'], '1,008 classes'),
     'code in weights': (['real', 'fake', '--weights', 'pickle.pth'], 'pickle.pth'),
     'truncated weights': (['real', 'fake', '--weights', 'cut.pth'], 'cut.pth'),
+    'statistics of captions': ([*CLIP, 'clip/clip.safetensors', 'real', 'captions.txt', '--save-stats', 'new.npz'], 'for FID'),
+    'preset of CLIP': ([*CLIP, 'clip/clip.safetensors', 'real', 'captions.txt', '--preset', 'tf'], 'for FID'),
     'captions too few': ([*CLIP, 'clip/clip.safetensors', 'real', 'captions.txt'], '2 captions'),
     'no captions': ([*CLIP, 'clip/clip.safetensors', 'real', 'none.txt'], 'none.txt'),
     'captions not UTF-8': ([*CLIP, 'clip/clip.safetensors', 'real', 'latin.txt'], 'latin.txt'),
