@@ -120,7 +120,7 @@ class TrainConfig:
                       metavar='FOLDER')
     resume: str = option('', 'run folder to go on with, by its own settings; only length, intervals, FID, '
                          'device, --micro-batch, --checkpoint, --ema-device and --compile may be '
-                         'given anew', metavar='FOLDER')
+                         'given anew, and are kept', metavar='FOLDER')
     grid_kimg: float = option(100.0, 'thousand images between picture grids, '
                               'with each of which the generator is saved')
     log_seconds: float = option(5.0, 'seconds between status lines')
@@ -527,6 +527,7 @@ class Run:
         self.micro_batches = torch.arange(config.batch)[self.rank::self.world].split(config.micro_batch)
         self.first, self.iterations = 0, math.ceil(config.kimg * 1000 / config.batch)
         self.log = Log(config, self.out, self.rank == 0)
+        self.interrupted = self.told = 0        # the number of a signal; and once it counts
         with user_errors():
             if config.progress_samples and self.rank == 0:
                 began = time.time()
@@ -538,7 +539,6 @@ class Run:
             elif self.rank == 0:
                 self.save_pictures(0)
         self.log.began = self.log.printed = time.time()         # the pace is that of iterations
-        self.interrupted = self.told = 0        # the number of a signal; and once it counts
         self.handlers = {number: signal.signal(number, self.interrupt)
                          for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -558,36 +558,49 @@ class Run:
         self.interrupted = number
         signal.signal(number, self.handlers[number])
 
-    def end_iteration(self, iteration):
-        """Log, pictures, state, as they are due. Returns whether the run was interrupted.
-
-        A signal that comes in here counts after the next iteration, so that a state is saved for it."""
-        config, seen, told = self.config, (iteration + 1) * self.config.batch, self.interrupted
-        if dist.is_initialized():               # all stop if one was told to
-            most = torch.tensor(told)
+    def heard(self):
+        """The number of a signal that any process was sent so far, else 0: all stop if one is told to."""
+        if dist.is_initialized():
+            most = torch.tensor(self.interrupted)
             dist.all_reduce(most, op=dist.ReduceOp.MAX)
-            told = most.item()
-            self.interrupted = told or self.interrupted
-        self.told = told
-        last = told or iteration == self.iterations - 1
-        pictures = seen >= config.kimg * 1000 or crosses(config.grid_kimg * 1000, seen, config.batch)
-        state = last or crosses(config.save_every * 1000, seen, config.batch)
+            self.interrupted = most.item()
+        return self.interrupted
+
+    def end_iteration(self, iteration):
+        """Log, pictures, score, state, as they are due. Returns whether the run was interrupted.
+
+        A signal amid pictures counts after the next iteration, so that a state is saved for it; a score it
+        cuts off. What is due and not done is owed: the state says so, and resuming begins with it."""
+        config, seen, self.told = self.config, (iteration + 1) * self.config.batch, self.heard()
+        last = iteration == self.iterations - 1
+        owed = ['pictures'] * (last or crosses(config.grid_kimg * 1000, seen, config.batch))
+        if config.fid_stats and (last or crosses(config.fid_every * 1000, seen, config.batch)):
+            owed.append('score')
+        state = self.told or last or crosses(config.save_every * 1000, seen, config.batch)
         with user_errors():
-            self.log.end(seen, pictures or state)
+            self.log.end(seen, owed or state)
             try:
-                if pictures and self.rank == 0:
-                    self.save_pictures(seen)
-                # Not when interrupted: ten thousand pictures are more than a machine about to vanish grants.
-                if config.fid_stats and not told and (
-                        last or crosses(config.fid_every * 1000, seen, config.batch)):
-                    self.score(seen)
+                self.measure(seen, owed)
             except Exception:
                 state = True                    # what was learnt since the last one is not lost with them
                 raise
             finally:
-                if state and self.rank == 0:
-                    self.save_state(seen)
-        return bool(told)
+                if (state or self.told) and self.rank == 0:
+                    self.save_state(seen, owed)
+        return bool(self.told)
+
+    def measure(self, seen, owed):
+        """Draw and score what is owed after `seen` images; what is done leaves the list."""
+        if 'pictures' in owed:
+            if self.rank == 0:
+                self.save_pictures(seen)
+            owed.remove('pictures')
+        # Not when interrupted: ten thousand pictures are more than a machine about to vanish grants.
+        if 'score' in owed and self.config.fid_stats and not self.told:
+            if self.score(seen):
+                owed.remove('score')
+            else:
+                self.told = self.heard()
 
     def one_step(self, z, fresh, context):
         return generate(self.ema, z, context, self.config.t_init)
@@ -616,7 +629,9 @@ class Run:
 
     @torch.no_grad()
     def score(self, seen):
-        """FID of the average, its pictures shared among the processes, as a row of the log."""
+        """FID of the average, its pictures shared among the processes, as a row of the log.
+
+        Returns whether it was done: a signal cuts it off."""
         began, moments, (stats, inception, captions) = time.time(), fid.Moments(), self.scoring
         self.ema.to(self.device)
         preset = stats['preset'] or 'clean'
@@ -635,10 +650,13 @@ class Run:
                 dist.all_reduce(x)
             moments = fid.Moments()
             moments.merge(int(n), total.numpy(), product.numpy())
-        if self.rank == 0 and moments.n == self.config.fid_num:     # else interrupted
+        if moments.n < self.config.fid_num:
+            return False
+        if self.rank == 0:
             value = fid.frechet_distance(moments.mu, moments.sigma, stats['mu'], stats['sigma'])
             print(f'{seen:8d} images  FID {value:.4f}, {preset}, of {moments.n} pictures', flush=True)
             self.log.note(seen, fid=round(value, 4), fid_seconds=round(time.time() - began, 2))
+        return True
 
     @torch.no_grad()
     def latent_moments(self, make):
@@ -661,7 +679,12 @@ class Run:
         return tensors | {f'adam_{name}.{i:04d}': square for name, optimizer in self.optimizers.items()
                           for i, square in enumerate(optimizer.squares)}
 
-    def save_state(self, seen):
+    def save_facts(self, folder, seen, owed):
+        facts = dict(images=seen, seconds=self.log.elapsed(), teacher=self.mark, owed=owed,
+                     log_bytes=self.log.file.stat().st_size)
+        write_text(folder / 'state.json', json.dumps(facts, indent=2) + '\n')
+
+    def save_state(self, seen, owed):
         """state/IMAGES with tensors.safetensors and state.json, whole or not at all; keeps the last two.
 
         A folder gets its name by a rename once it is on the disk, so a kill at any moment leaves the last
@@ -673,9 +696,7 @@ class Run:
         try:
             unet.write_tensors({name: w.cpu() for name, w in self.tensors().items()},
                                new / 'tensors.safetensors')
-            facts = dict(images=seen, seconds=self.log.elapsed(), teacher=self.mark,
-                         log_bytes=self.log.file.stat().st_size)
-            write_text(new / 'state.json', json.dumps(facts, indent=2) + '\n')
+            self.save_facts(new, seen, owed)
             for file in (*new.iterdir(), new):
                 handle = os.open(file, os.O_RDONLY)
                 os.fsync(handle)
@@ -690,7 +711,7 @@ class Run:
             remove(old)
 
     def load_state(self):
-        """Go on from the newest state: weights, optimisers, counters, log."""
+        """Go on from the newest state: weights, optimisers, counters, log, and what is still owed."""
         states = sorted((self.out / 'state').glob('[0-9]*'))
         check(states, f'expected a training state in {self.out}/state, found none; start the run anew')
         try:
@@ -713,6 +734,11 @@ class Run:
         if self.rank == 0:                      # rows after the state will be written again
             os.truncate(self.log.file, min(facts['log_bytes'], self.log.file.stat().st_size))
             print(f'Resuming {self.out} at {facts["images"]} images', flush=True)
+        if owed := facts.get('owed'):
+            self.measure(facts['images'], owed)
+            if self.rank == 0:
+                self.save_facts(states[-1], facts['images'], owed)
+            self.log.seconds = self.log.elapsed()
 
     def close(self):
         """The last word, and the exit code of an interruption."""
@@ -924,34 +950,37 @@ def convert(config):
         check(biggest[0] <= torch.finfo(dtype).max,
               f'{source} has {biggest[0]:g} in the tensor {biggest[1]}, more than fp16 holds; '
               'use --precision fp32')
-        new = target.with_name(target.name + '.tmp')
-        check(not new.exists(), f'{new} is in the way, perhaps of a convert that was killed; remove it')
+        new, old = (target.with_name(target.name + end) for end in ('.tmp', '.old'))
+        for path in new, old:
+            check(not path.exists(), f'{path} is in the way, perhaps of a convert that was killed; '
+                                     f'once {target} is whole, remove it')
         target.parent.mkdir(parents=True, exist_ok=True)
+        facts = {'t_init': 625, **facts} if student else {}
+        for part in ('teacher', 'tokenizer'):           # they are in the folder or file, or nowhere
+            facts.pop(part, None)
         try:
             if single:
-                unet.write_tensors(original_tensors(net, vae, text, dtype, source, target), new)
+                unet.write_tensors(original_tensors(net, vae, text, dtype, source, target), new, facts)
             elif teacher:
                 write_pipeline(new, net, vae, text, tokenizer, dtype, 'DDPM' if student else 'DDIM')
             else:
                 unet.save(net, new / 'unet', dtype)
             if student and not single:
-                facts = {'t_init': 625, **facts}
-                for part in ('teacher', 'tokenizer'):       # they are in the folder, or nowhere
-                    facts.pop(part, None)
                 write_text(new / 'generator.json', json.dumps(facts, indent=2) + '\n')
             if target.is_dir():             # with --overwrite
                 check((target / 'unet').is_dir(), f'{target} is a folder that holds no checkpoint, '
                                                   'so it is not replaced; give another name')
-            if target.is_dir() or not single:
-                remove(target)
+            if target.exists() and (target.is_dir() or new.is_dir()):       # else a rename replaces it
+                target.replace(old)
             new.replace(target)
+            remove(old)
         finally:
             remove(new)
     print(f'{target}: {"a one-step generator" if student else "a diffusion model"} in {config.precision}')
 
 
 def remove(path):
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 def original_tensors(net, vae, text, dtype, source, target):
@@ -1268,8 +1297,8 @@ def open_run(config):
             warn_of_cuts(prompts, tokenizer)
         scoring = open_scoring(config, prompts, device) if config.fid_stats else None
         out = Path(config.resume) if config.resume else None
-        if first and not config.resume:
-            out = new_folder(config.out, 'runs', 'config.json')
+        if first:
+            out = out or new_folder(config.out, 'runs', 'config.json')
             write_text(out / 'config.json', json.dumps(settings, indent=2) + '\n')
     if first:
         print(f'Distilling {config.teacher} ({sum(p.numel() for p in teacher.parameters()) / 1e6:.1f} '
@@ -1292,9 +1321,15 @@ def parse_seeds(text):
 
 
 def generator_in(path):
-    """The generator's folder in a run folder, or `path` itself, and what its generator.json says."""
+    """The generator's folder in a run folder, or `path` itself, and what its generator.json says.
+
+    Of a single file that convert wrote: what its header says."""
     folder = Path(path, 'generator') if Path(path, 'generator').is_dir() else Path(path)
     said = folder / 'generator.json'
+    if folder.is_file():
+        about = unet.read_metadata(folder)
+        return folder, {name: int(about[name]) for name in ('t_init', 'size', 'images')
+                        if {name, 't_init'} <= about.keys()}
     return folder, unet.read_json(said) if said.is_file() else {}
 
 
@@ -1344,6 +1379,8 @@ def open_sample(config):
         net = place(unet.load(folder, stored), device, dtype)
         vae, encode, tokenizer = load_parts(config.teacher, device, net, config.tokenizer, dtype, stored)
         shape = latent_shape(config.size, net, vae)
+        for text in config.texts:
+            check(text == text.encode(errors='replace').decode(), f'expected prompts in UTF-8, got {text!a}')
         texts = [*config.texts, *(fid.read_lines(config.prompts, '--prompts') if config.prompts else [])]
         warn_of_cuts(texts, tokenizer)
         check(texts, 'expected a prompt, in quotes, or --prompts FILE')
@@ -1428,7 +1465,7 @@ def parse(arguments):
             elif f.name in ('source', 'target'):
                 group.add_argument(f.name, metavar=dict(source='IN', target='OUT')[f.name], help=text)
             elif f.type is bool:
-                group.add_argument(flag, action='store_true', help=text)
+                group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
             else:
                 default, choices = f.default[0] if several else f.default, f.metadata.get('choices')
                 if '(default' not in text and default != '':
@@ -1460,7 +1497,7 @@ def main(arguments=None):
         if not type(error).__module__.startswith(('torch._dynamo', 'torch._inductor')):
             raise
         print(f'sid_lsg: torch.compile failed ({str(error).splitlines()[0]}); it needs a C++ compiler, '
-              'and Triton on a GPU: leave out --compile to go on without', file=sys.stderr)
+              'and Triton on a GPU: give --no-compile to go on without', file=sys.stderr)
         sys.exit(2)
 
 
@@ -1469,7 +1506,8 @@ def less_memory(config):
     if isinstance(config, ConvertConfig):
         return 'close other programs: all weights are held at once'
     if isinstance(config, SampleConfig):
-        return f'try --batch {config.batch // 2}' if config.batch > 1 else 'try --precision bf16'
+        return (f'try --batch {config.batch // 2}' if config.batch > 1 else
+                'try --precision bf16' if config.precision == 'fp32' else 'try a smaller --size')
     if config.precision == 'fp32' and not config.resume:        # which it cannot change
         return 'try --precision bf16'
     if config.micro_batch > 1:

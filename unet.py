@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -402,6 +402,15 @@ def locate(path):
         f'a .safetensors or .ckpt file, or a repo id in {cache}')
 
 
+def read_metadata(file):
+    """The {str: str} in the header of a .safetensors file; {} of any other."""
+    try:
+        with safe_open(file, 'pt') as opened:
+            return opened.metadata() or {}
+    except SafetensorError:
+        return {}
+
+
 def read_json(file):
     """The dict in a JSON file."""
     try:
@@ -498,7 +507,8 @@ def fill(net, tensors, names, file, dtype, scope=''):
         if w.shape != empty.shape:
             raise ValueError(f'{file} has the tensor {name} with shape {tuple(w.shape)}, '
                              f'expected {tuple(empty.shape)}')
-        weights[key] = w = w.detach().to(dtype or w.dtype)
+        # torch cannot compute in fp8; fp16 holds all of its numbers.
+        weights[key] = w = w.detach().to(dtype or (torch.float16 if w.itemsize == 1 else w.dtype))
         # NaN is both the least and the most; ten times faster than isfinite() of half precision.
         if not all(math.isfinite(end) for end in torch.aminmax(w)):
             raise ValueError(f'{file} has NaN or infinite numbers in the tensor {name}; '
@@ -522,13 +532,14 @@ def sized(make, file):
                          f'({type(error).__name__}: {error})') from None
 
 
-def write_tensors(tensors, file):
-    """A .safetensors file of {name: tensor}, open to whom a new file here is open.
+def write_tensors(tensors, file, about={}):
+    """A .safetensors file of {name: tensor}, open to whom a new file here is open; `about` goes in its header.
 
     The library's own are for their owner alone, so that a web UI under another name could not read them."""
     file.touch()
     rights = file.stat().st_mode
-    save_file({name: w.contiguous() for name, w in tensors.items()}, file, metadata={'format': 'pt'})
+    save_file({name: w.contiguous() for name, w in tensors.items()}, file,
+              metadata={'format': 'pt', **{name: str(value) for name, value in about.items()}})
     file.chmod(rights)
 
 

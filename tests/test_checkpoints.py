@@ -742,11 +742,20 @@ def test_a_cache_that_is_not_whole(whole_folder, weights, tmp_path, monkeypatch,
     refused(unet.load, SD15, 'refs/main')
 
 
+def test_fp8_is_read_as_fp16_which_computes(weights, tmp_path):
+    """Where a file's own type is asked for, as `sample` does on a CPU."""
+    fp8 = {key: w.to(torch.float8_e4m3fn) for key, w in emaonly(weights).items() if w.is_floating_point()}
+    net = unet.load(save(fp8, tmp_path / 'fp8.safetensors'), None)
+    same(net.state_dict(), {key: w.to(torch.float8_e4m3fn).half() for key, w in weights['unet'].items()})
+
+
 # ---------------------------------------------------------------------------------------------------
 # Writing: any layout in, a folder or a single file out, and diffusers opens both
 
-def assert_single_file(path, weights, precision):
-    """The 1,131 names of the real files, their ranks and types, and by diffusers' conversion the right tensors."""
+def assert_single_file(path, weights, precision, **about):
+    """The 1,131 names of the real files, their ranks and types, and by diffusers' conversion the right tensors.
+
+    `about` is what the header says of a student."""
     kind = {'fp16': torch.float16, 'fp32': torch.float32}[precision]
     tensors = load_file(path)
     assert sorted(tensors) == sorted(WEIGHTS + [POSITIONS]) and len(tensors) == 1131
@@ -755,7 +764,7 @@ def assert_single_file(path, weights, precision):
     ranks = {row[0]: len(json.loads(row[1])) for row in TABLE}
     assert all(w.dim() == ranks[key] for key, w in tensors.items())
     with safe_open(path, 'pt') as file:
-        assert file.metadata() == {'format': 'pt'}
+        assert file.metadata() == {'format': 'pt', **about}
     for part, converted in converted_by_diffusers(tensors).items():
         same(converted, halves(weights[part]) if precision == 'fp16' else weights[part])
 
@@ -834,6 +843,23 @@ def test_nothing_is_overwritten_unless_asked(weights, tmp_path, capsys):
     broken = content(b'', 'broken.safetensors')(tmp_path, weights)
     for out in ('out.safetensors', 'out'):                  # refused, so what was to be replaced stays
         refused_by_convert(capsys, tmp_path, broken, out=out, more=['--overwrite', *tokenizer])
+    (tmp_path / 'link').symlink_to('out')                   # the link is replaced, not what it leads to
+    assert convert(source, tmp_path / 'link', '--overwrite', *tokenizer) == 0 and not (tmp_path / 'link').is_symlink()
+    assert (tmp_path / 'out').is_dir() and not list(tmp_path.glob('*.old'))
+
+
+def test_what_was_there_is_put_aside_until_the_new_has_its_name(whole_folder, tmp_path, monkeypatch):
+    """Onto itself: whatever a kill leaves, a folder of the target's name is a whole one."""
+    out = shutil.copytree(whole_folder, tmp_path / 'out')
+    remove, removed = sid_lsg.remove, []
+
+    def watched(path):
+        unet.load(out)
+        removed.append(path.name)
+        remove(path)
+    monkeypatch.setattr(sid_lsg, 'remove', watched)
+    assert convert(out, out, '--overwrite') == 0
+    assert removed == ['out.old', 'out.tmp'] and os.listdir(tmp_path) == ['out']
 
 
 def test_folders_on_the_way_to_the_target_are_made(weights, tmp_path):
@@ -916,7 +942,7 @@ def test_official_pickles_convert(processor, dtype, student, whole_folder, weigh
     else:
         assert convert(file, tmp_path / 'out.safetensors', '--teacher', whole_folder, '--precision', 'fp32') == 0
         parts = {part: expect(tensors, 'fp16') for part, tensors in weights.items()}
-        assert_single_file(tmp_path / 'out.safetensors', {**parts, 'unet': expected}, 'fp32')
+        assert_single_file(tmp_path / 'out.safetensors', {**parts, 'unet': expected}, 'fp32', t_init='625')
 
 
 def test_a_pickle_alone_makes_no_single_file(pickled, tmp_path, capsys):
@@ -1016,6 +1042,9 @@ def test_pickles_cut_off(keep, pickled, tmp_path, capsys):
 # ---------------------------------------------------------------------------------------------------
 # From a single file to a student that opens elsewhere, as a user goes
 
+ABOUT = dict(t_init='450', size='64', images='2')      # what is said of the run's generator
+
+
 @pytest.fixture(scope='module')
 def run(weights, tmp_path_factory):
     """A folder with a teacher in one file, and runs/000 that `train` distilled from it."""
@@ -1023,7 +1052,7 @@ def run(weights, tmp_path_factory):
     single_file(emaonly)(folder, weights).rename(folder / 'teacher.safetensors')
     (folder / 'prompts.txt').write_text('a red star\na blue ring\n')
     sid_lsg.main(['train', *map(str, ['--teacher', folder / 'teacher.safetensors', '--tokenizer', TOKENIZER, '--prompts',
-                                      folder / 'prompts.txt', '--out', folder / 'runs' / '000', '--size', 64, '--kimg', 0.002,
+                                      folder / 'prompts.txt', '--out', folder / 'runs' / '000', '--size', 64, '--t-init', 450, '--kimg', 0.002,
                                       '--batch', 2, '--lr', 1e-3, '--fake-lr', 1e-3, '--ema-kimg', 0.001])])
     yield folder
     shutil.rmtree(folder)
@@ -1036,21 +1065,25 @@ def drawn(folder, name, *arguments):
 
 
 def test_train_convert_sample(run, weights, tmp_path, monkeypatch):
-    """A run becomes a single file and a folder with its generator and its teacher's other parts; both draw as it does."""
+    """A run becomes a single file and a folder with its generator and its teacher's other parts; both draw as it does.
+
+    At its own step and size, which the file's header says, and a folder made of that file."""
     generator = load_file(run / 'runs' / '000' / 'generator' / 'unet' / 'diffusion_pytorch_model.safetensors')
     assert not torch.equal(generator['conv_in.weight'], weights['unet']['conv_in.weight'])
     for source, out in (('runs/000', 'out.safetensors'), ('runs/000/generator', 'out')):
         tokenizer = [] if out.endswith('safetensors') else ['--tokenizer', TOKENIZER]
         assert convert(run / source, tmp_path / out, '--precision', 'fp32', *tokenizer) == 0
-        (assert_folder if out == 'out' else assert_single_file)(tmp_path / out, {**weights, 'unet': generator}, 'fp32')
+    assert_folder(tmp_path / 'out', {**weights, 'unet': generator}, 'fp32')
+    assert_single_file(tmp_path / 'out.safetensors', {**weights, 'unet': generator}, 'fp32', **ABOUT)
     assert {'t_init', 'size', 'images'} == set(json.loads((tmp_path / 'out' / 'generator.json').read_text()))    # no paths
     # Mapped weights lie at any multiple of 4 bytes, where MKL may add a product of one row in another order.
     mapped = unet.read_tensors
     monkeypatch.setattr(unet, 'read_tensors', lambda file: {name: w.clone() for name, w in mapped(file).items()})
     expected = drawn(tmp_path, 'a', '--generator', run / 'runs' / '000', '--tokenizer', TOKENIZER)
     single = tmp_path / 'out.safetensors'
-    for name, how in {'b': ['--generator', single, '--teacher', single, '--tokenizer', TOKENIZER, '--size', 64],
-                      'c': ['--generator', tmp_path / 'out', '--teacher', tmp_path / 'out', '--size', 64]}.items():
+    assert convert(single, tmp_path / 'again', '--tokenizer', TOKENIZER) == 0
+    for name, how in {'b': ['--generator', single, '--tokenizer', TOKENIZER], 'c': ['--generator', tmp_path / 'out'],
+                      'd': ['--generator', tmp_path / 'again']}.items():
         assert expected.shape == (64, 64, 3) and np.array_equal(drawn(tmp_path, name, *how), expected)
 
 
@@ -1059,7 +1092,7 @@ def test_another_teachers_parts_may_go_with_a_run(run, whole_folder, weights, tm
     assert convert(run / 'runs' / '000', tmp_path / 'out.safetensors', '--teacher', whole_folder, '--precision', 'fp32') == 0
     parts = {part: expect(tensors, 'fp16') for part, tensors in weights.items()}
     parts['unet'] = load_file(run / 'runs' / '000' / 'generator' / 'unet' / 'diffusion_pytorch_model.safetensors')
-    assert_single_file(tmp_path / 'out.safetensors', parts, 'fp32')
+    assert_single_file(tmp_path / 'out.safetensors', parts, 'fp32', **ABOUT)
 
 
 def test_a_run_whose_teacher_is_gone(run, tmp_path, capsys):

@@ -320,7 +320,7 @@ def test_a_failing_compiler_gets_a_sentence(run, tmp_path, monkeypatch, capsys):
     compile_with(fails, monkeypatch)
     with pytest.raises(SystemExit) as stop:
         sid_lsg.main(['sample', 'a red star', '--compile', '--generator', str(run[0] / 'runs' / '000'), '--out', str(tmp_path / 'p')])
-    assert stop.value.code == 2 and 'leave out --compile' in capsys.readouterr().err
+    assert stop.value.code == 2 and 'give --no-compile' in capsys.readouterr().err
 
 
 def test_the_benchmark_runs(tmp_path):
@@ -401,7 +401,9 @@ REFUSALS = {
     'seeds without end': (['sample', 'x', '--teacher', 'TEACHER', '--teacher-steps', '2', '--seeds', '0-99999999999'], 'a million at most'),
     'kappa of no number': (['sample', 'x', '--teacher', 'TEACHER', '--teacher-steps', '2', '--kappa', 'nan'], 'finite number for --kappa'),
     'text encoder of another UNet': (['sample', 'x', '--generator', 'TEACHER', '--teacher', 'wide'], 'expected text states of 16'),
+    'prompt not UTF-8': (['sample', 'a red \udcff', '--teacher', 'TEACHER', '--teacher-steps', '2'], 'UTF-8'),
     'convert in the way': (['convert', 'TEACHER', 'new'], 'new.tmp is in the way'),
+    'convert in the way of removal': (['convert', 'TEACHER', 'other'], 'other.old is in the way'),
     'seed too large': (['sample', 'x', '--teacher', 'TEACHER', '--teacher-steps', '2', '--seeds', str(2 ** 64)], 'below 2^64'),
     'kappa without a teacher': (['sample', 'x', '--kappa', '2'], '--teacher-steps'),
 }
@@ -426,6 +428,7 @@ def mess(teacher, tmp_path_factory):
     shutil.rmtree(folder / 'wide' / 'text_encoder')
     clip_text.save(clip_text.TextEncoder(len(words), width=24, layers=1, heads=2, hidden=32), folder / 'wide' / 'text_encoder')
     (folder / 'new.tmp').mkdir()
+    (folder / 'other.old').mkdir()
     shutil.copytree(teacher, folder / 'cut')
     file = folder / 'cut' / 'unet' / 'diffusion_pytorch_model.safetensors'
     file.write_bytes(file.read_bytes()[:-1000])
@@ -459,7 +462,7 @@ def test_help_is_grouped_and_says_every_default(command, groups, capsys):
     said = capsys.readouterr().out
     assert stop.value.code == 0 and sum(line.startswith(('what', 'the ', 'measures')) for line in said.splitlines()) == groups
     # What has no default is a switch, or names what is to be written, read or gone on with.
-    without = {part.split()[0] for part in re.split(r'\n  (?=--)', said)[1:] if '(default' not in part}
+    without = {part.split()[0].rstrip(',') for part in re.split(r'\n  (?=--)', said)[1:] if '(default' not in part}
     assert without <= {'--resume', '--fid-stats', '--checkpoint', '--compile', '--prompts', '--overwrite'}
 
 

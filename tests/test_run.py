@@ -101,20 +101,25 @@ def test_a_signal_amid_pictures_loses_nothing(whole, teacher, tmp_path, monkeypa
     assert same(state(folder), state(whole)) and rows(folder) == rows(whole)
 
 
-def test_a_full_disk_amid_pictures_loses_nothing(whole, teacher, tmp_path, monkeypatch, capsys):
-    """No state is due then, either: one is written all the same."""
+@pytest.mark.parametrize('when', [40, 96])
+def test_a_full_disk_amid_pictures_loses_nothing(when, whole, teacher, tmp_path, monkeypatch, capsys):
+    """No state is due at 40: one is written all the same. And the pictures are made up for, the last ones, too."""
     def fails(run, seen):
-        if seen == 40:
+        if seen == when:
             raise OSError('no space left')
     folder = tmp_path / 'run'
     monkeypatch.setattr(sid_lsg.Run, 'save_pictures', fails)
     with pytest.raises(SystemExit) as stop:
         train(folder, teacher, **{**LENGTH, 'save_every': 1.0})
     assert stop.value.code == 2 and 'no space left' in capsys.readouterr().err
-    assert os.listdir(folder / 'state') == ['000000040']
+    assert os.listdir(folder / 'state') == [f'{when:09d}']
     monkeypatch.undo()
     train(folder)
     assert same(state(folder), state(whole)) and rows(folder) == rows(whole)
+    assert (folder / f'grid_{when:09d}.png').exists()
+    assert json.loads((folder / 'generator' / 'generator.json').read_text())['images'] == 96
+    monkeypatch.setattr(sid_lsg.Run, 'save_pictures', fails)
+    train(folder)                               # only once
 
 
 def test_a_signal_after_the_last_iteration_comes_too_late(teacher, tmp_path, monkeypatch, capsys):
@@ -299,6 +304,8 @@ def test_length_intervals_and_micro_batch_may_change(whole, tmp_path):
     assert json.loads((folder / 'config.json').read_text())['micro_batch'] == 0     # so another number of GPUs may go on
     train(folder, kimg=0.112, grid_kimg=0.016, micro_batch=4, kappa=(1.5,))     # kappa as it was, in its short form
     assert rows(folder)[-1]['images'] == 112 and (folder / 'grid_000000112.png').exists()
+    kept = sid_lsg.make_config(sid_lsg.TrainConfig, dict(resume=str(folder)))
+    assert (kept.kimg, kept.micro_batch, kept.kappa) == (0.112, 4, [1.5] * 3)       # so the command printed at the end holds
 
 
 def test_a_full_disk_stops_the_run_and_keeps_the_state(whole, teacher, tmp_path, capsys):
@@ -396,6 +403,8 @@ def test_out_of_memory_names_the_next_option(teacher, tmp_path, monkeypatch, cap
         tried.append(error.strip().partition('; ')[2].removeprefix('try '))
         options += tried[-1].split() if tried[-1].startswith('--') else []
     assert tried[:4] == ['--precision bf16', '--micro-batch 1', '--checkpoint', '--ema-device cpu'] and '--size' in tried[4]
+    assert [sid_lsg.less_memory(sid_lsg.SampleConfig(batch=batch, precision=precision)) for batch, precision in (
+        (8, 'bf16'), (1, 'fp32'), (1, 'bf16'))] == ['try --batch 4', 'try --precision bf16', 'try a smaller --size']
 
 
 def test_a_run_can_score_itself_by_fid(teacher, tmp_path, monkeypatch):
@@ -436,7 +445,23 @@ def test_a_run_can_score_itself_by_fid(teacher, tmp_path, monkeypatch):
             train(tmp_path / 'broken', teacher, **{**LENGTH, 'save_every': 0.032}, **settings)
     assert (tmp_path / 'broken' / 'state' / '000000064').is_dir()
 
+    features, asked = fid.features, []
+
+    def interrupted(*arguments):
+        asked.append(os.kill(os.getpid(), signal.SIGTERM))
+        return features(*arguments)
+    with monkeypatch.context() as patch:        # a score that a signal cuts off is what the run goes on with
+        patch.setattr(fid, 'features', interrupted)
+        with pytest.raises(SystemExit) as stop:
+            train(tmp_path / 'late', teacher, **LENGTH, **{**settings, 'fid_every': 1.0})
+    assert stop.value.code == 128 + signal.SIGTERM and len(asked) == 1
+    for _ in range(2):                          # and only once
+        train(tmp_path / 'late')
+        assert [row['fid'] for row in rows(tmp_path / 'late') if 'fid' in row] == [found[96]]
+
     interrupt_at(0, monkeypatch)                # then the state goes first: no time is spent on pictures to score
     with pytest.raises(SystemExit):
         train(tmp_path / 'cut', teacher, **LENGTH, **{**settings, 'fid_every': 0.008})
     assert (tmp_path / 'cut' / 'state' / '000000008').is_dir() and not any('fid' in row for row in rows(tmp_path / 'cut'))
+    train(tmp_path / 'cut')
+    assert [row['images'] for row in rows(tmp_path / 'cut') if 'fid' in row] == list(range(8, 97, 8))
