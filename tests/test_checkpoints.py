@@ -693,6 +693,8 @@ FOLDERS = {                                                 # what is wrong: (ho
         lambda f: (f / 'vae' / 'diffusion_pytorch_model.safetensors').write_bytes(LFS), 'vae', 'git-lfs'),
     'weights an HTML page': (lambda f: (f / 'text_encoder' / 'model.safetensors').write_bytes(HTML), 'text_encoder', 'HTML'),
     'no VAE': (lambda f: shutil.rmtree(f / 'vae'), 'vae', 'vae'),
+    'a UNet that predicts v': (lambda f: (f / 'scheduler' / 'scheduler_config.json').write_text('{"prediction_type": "v_prediction"}'),
+                               'unet', 'v_prediction'),
     'no UNet': (lambda f: shutil.rmtree(f / 'unet'), 'unet', 'unet'),
     'no text encoder': (lambda f: shutil.rmtree(f / 'text_encoder'), 'text_encoder', 'text.encoder'),
     'no tokenizer': (lambda f: shutil.rmtree(f / 'tokenizer'), 'tokenizer', 'tokenizer'),
