@@ -538,9 +538,10 @@ def sized(make, file):
 
 
 def write_tensors(tensors, file, about={}):
-    """A .safetensors file of {name: tensor}, open to whom a new file here is open; `about` goes in its header.
+    """A .safetensors file of {name: tensor}, with {name: value} `about` it in its header.
 
-    The library's own are for their owner alone, so that a web UI under another name could not read them."""
+    Open to whom a new file here is: the library's own are for their owner alone, so that a web UI under
+    another name could not read them."""
     file.touch()
     rights = file.stat().st_mode
     save_file({name: w.contiguous() for name, w in tensors.items()}, file,
