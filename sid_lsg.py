@@ -497,6 +497,17 @@ class Log:
         with open(self.file, 'a', encoding='utf-8') as file:
             file.write(json.dumps(dict(images=seen, seconds=self.elapsed(), **values)) + '\n')
 
+    @contextlib.contextmanager
+    def kept_if_done(self):
+        """What is noted inside goes again if it fails, since all of it will be done again."""
+        size = self.file.stat().st_size if self.writes else 0
+        try:
+            yield
+        except BaseException:
+            if self.writes:
+                os.truncate(self.file, size)
+            raise
+
 
 class Run:
     """A run's nets, optimisers, data and folder; and all that train() does besides the method.
@@ -560,11 +571,13 @@ class Run:
 
     def heard(self):
         """The number of a signal that any process was sent so far, else 0: all stop if one is told to."""
+        told = self.interrupted
         if dist.is_initialized():
-            most = torch.tensor(self.interrupted)
+            most = torch.tensor(told)
             dist.all_reduce(most, op=dist.ReduceOp.MAX)
-            self.interrupted = most.item()
-        return self.interrupted
+            told = most.item()
+            self.interrupted = told or self.interrupted         # one may have come meanwhile: for the next time
+        return told
 
     def end_iteration(self, iteration):
         """Log, pictures, score, state, as they are due. Returns whether the run was interrupted.
@@ -593,11 +606,14 @@ class Run:
         """Draw and score what is owed after `seen` images; what is done leaves the list."""
         if 'pictures' in owed:
             if self.rank == 0:
-                self.save_pictures(seen)
+                with self.log.kept_if_done():
+                    self.save_pictures(seen)
             owed.remove('pictures')
         # Not when interrupted: ten thousand pictures are more than a machine about to vanish grants.
         if 'score' in owed and self.config.fid_stats and not self.told:
-            if self.score(seen):
+            with self.log.kept_if_done():
+                done = self.score(seen)
+            if done:
                 owed.remove('score')
             else:
                 self.told = self.heard()
@@ -900,7 +916,11 @@ def full_path(name):
 
 
 def write_text(path, text):
-    Path(f'{path}.tmp').write_text(text, encoding='utf-8')
+    """Whole or not at all, whatever goes out in the middle."""
+    with open(f'{path}.tmp', 'w', encoding='utf-8') as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     Path(f'{path}.tmp').replace(path)
 
 
@@ -951,7 +971,8 @@ def convert(config):
               f'{source} has {biggest[0]:g} in the tensor {biggest[1]}, more than fp16 holds; '
               'use --precision fp32')
         new, old = (target.with_name(target.name + end) for end in ('.tmp', '.old'))
-        for path in new, old:
+        aside = os.path.lexists(target) and not (single and target.is_file())      # a rename replaces a file
+        for path in (new, old) if aside else (new,):
             check(not path.exists(), f'{path} is in the way, perhaps of a convert that was killed; '
                                      f'once {target} is whole, remove it')
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -970,10 +991,11 @@ def convert(config):
             if target.is_dir():             # with --overwrite
                 check((target / 'unet').is_dir(), f'{target} is a folder that holds no checkpoint, '
                                                   'so it is not replaced; give another name')
-            if target.exists() and (target.is_dir() or new.is_dir()):       # else a rename replaces it
+            if aside:
                 target.replace(old)
             new.replace(target)
-            remove(old)
+            if aside:
+                remove(old)
         finally:
             remove(new)
     print(f'{target}: {"a one-step generator" if student else "a diffusion model"} in {config.precision}')

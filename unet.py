@@ -442,8 +442,8 @@ def open_part(path, part):
         raise FileNotFoundError(f'expected config.json beside the weights in {folder}; download it too')
     config = read_json(folder / 'config.json')
     scheduler = place / 'scheduler' / 'scheduler_config.json'
-    kind = read_json(scheduler).get('prediction_type', 'epsilon') if scheduler.is_file() else 'epsilon'
-    if part == 'unet' and kind != 'epsilon':            # the weights do not tell
+    kind = read_json(scheduler).get('prediction_type') if scheduler.is_file() else None
+    if part == 'unet' and kind not in (None, 'epsilon'):            # the weights do not tell
         raise ValueError(f'{scheduler} says that the UNet predicts {kind}; expected epsilon, as that of '
                          'Stable Diffusion 1.5 does')
     stem = STEM[part]

@@ -845,9 +845,13 @@ def test_nothing_is_overwritten_unless_asked(weights, tmp_path, capsys):
     broken = content(b'', 'broken.safetensors')(tmp_path, weights)
     for out in ('out.safetensors', 'out'):                  # refused, so what was to be replaced stays
         refused_by_convert(capsys, tmp_path, broken, out=out, more=['--overwrite', *tokenizer])
-    (tmp_path / 'link').symlink_to('out')                   # the link is replaced, not what it leads to
-    assert convert(source, tmp_path / 'link', '--overwrite', *tokenizer) == 0 and not (tmp_path / 'link').is_symlink()
-    assert (tmp_path / 'out').is_dir() and not list(tmp_path.glob('*.old'))
+    for name in ('out', 'nothing'):                         # a link is replaced, not what it leads to
+        (tmp_path / f'to {name}').symlink_to(name)
+        assert convert(source, tmp_path / f'to {name}', '--overwrite', *tokenizer) == 0
+        assert not (tmp_path / f'to {name}').is_symlink()
+    (tmp_path / 'new.old').mkdir()                          # in the way of what is put aside only
+    assert convert(source, tmp_path / 'new', *tokenizer) == 0
+    assert (tmp_path / 'out').is_dir() and [path.name for path in tmp_path.glob('*.old')] == ['new.old']
 
 
 def test_what_was_there_is_put_aside_until_the_new_has_its_name(whole_folder, tmp_path, monkeypatch):

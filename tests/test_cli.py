@@ -403,7 +403,7 @@ REFUSALS = {
     'text encoder of another UNet': (['sample', 'x', '--generator', 'TEACHER', '--teacher', 'wide'], 'expected text states of 16'),
     'prompt not UTF-8': (['sample', 'a red \udcff', '--teacher', 'TEACHER', '--teacher-steps', '2'], 'UTF-8'),
     'convert in the way': (['convert', 'TEACHER', 'new'], 'new.tmp is in the way'),
-    'convert in the way of removal': (['convert', 'TEACHER', 'other'], 'other.old is in the way'),
+    'convert in the way of removal': (['convert', 'TEACHER', 'wide', '--overwrite'], 'wide.old is in the way'),
     'seed too large': (['sample', 'x', '--teacher', 'TEACHER', '--teacher-steps', '2', '--seeds', str(2 ** 64)], 'below 2^64'),
     'kappa without a teacher': (['sample', 'x', '--kappa', '2'], '--teacher-steps'),
 }
@@ -428,7 +428,7 @@ def mess(teacher, tmp_path_factory):
     shutil.rmtree(folder / 'wide' / 'text_encoder')
     clip_text.save(clip_text.TextEncoder(len(words), width=24, layers=1, heads=2, hidden=32), folder / 'wide' / 'text_encoder')
     (folder / 'new.tmp').mkdir()
-    (folder / 'other.old').mkdir()
+    (folder / 'wide.old').mkdir()
     shutil.copytree(teacher, folder / 'cut')
     file = folder / 'cut' / 'unet' / 'diffusion_pytorch_model.safetensors'
     file.write_bytes(file.read_bytes()[:-1000])

@@ -106,6 +106,7 @@ def test_a_full_disk_amid_pictures_loses_nothing(when, whole, teacher, tmp_path,
     """No state is due at 40: one is written all the same. And the pictures are made up for, the last ones, too."""
     def fails(run, seen):
         if seen == when:
+            run.log.note(seen, progress_fd=1.0)
             raise OSError('no space left')
     folder = tmp_path / 'run'
     monkeypatch.setattr(sid_lsg.Run, 'save_pictures', fails)
@@ -226,6 +227,15 @@ def test_two_processes_are_one(teacher, tmp_path):
         for name in one:
             assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-4), name
     assert result.stdout.count('Distilling') == 1
+
+
+def test_a_signal_amid_the_talk_of_processes_counts_the_next_time(monkeypatch):
+    """What was agreed is the same everywhere, and what came in meanwhile is not forgotten."""
+    run = object.__new__(sid_lsg.Run)
+    run.interrupted = 0
+    monkeypatch.setattr(sid_lsg.dist, 'is_initialized', lambda: True)
+    monkeypatch.setattr(sid_lsg.dist, 'all_reduce', lambda most, op: setattr(run, 'interrupted', signal.SIGTERM))
+    assert [run.heard(), run.heard()] == [0, signal.SIGTERM]
 
 
 DYING = """
