@@ -73,7 +73,7 @@ def usable_device(name, option='--device'):
               f'{option} {name} was asked for, but torch sees {count} CUDA devices; '
               f'leave {option} out to use what is there, or install a CUDA build of torch')
         if device.type != 'cuda' or 'LOCAL_RANK' not in os.environ:     # torchrun: each has its own GPU
-            torch.empty(1, device=device)
+            torch.zeros(1, device=device).item()        # meta has shapes, and nothing to read back
     except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError('expected a device that this torch can use, such as cuda, cuda:1 or cpu, got '
                          f'{option} {name} ({reason(error)})') from None
@@ -587,8 +587,9 @@ def clip_tokens(tokenizer, captions):
 def run_clip(args):
     """The mean over pictures i of their cosine with caption i: not scaled, nothing cut off."""
     check(len(args.sets) == 2, f'expected FAKE and CAPTIONS with --clip, got {" ".join(args.sets)}')
-    check(not (args.skip_bad or args.save_stats or args.coco or args.preset != 'clean'),
-          '--skip-bad, --save-stats, --coco and --preset are for FID; leave them out with --clip')
+    check(not (args.skip_bad or args.save_stats or args.coco or args.preset != 'clean'
+               or args.weights != default_weights()),
+          '--skip-bad, --save-stats, --coco, --preset and --weights are for FID; leave them out with --clip')
     pictures = read_pictures(args.sets[0], args, 'clean', args.num)
     count = next(pictures)
     captions = read_lines(args.sets[1], 'CAPTIONS')[:args.num or None]
