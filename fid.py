@@ -11,6 +11,7 @@ that it depends on to stderr.
 """
 
 import argparse
+import glob
 import hashlib
 import json
 import os
@@ -63,6 +64,10 @@ def warn(sentence):
 
 def reason(error):
     return ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
+
+
+def out_of_memory(error):
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or 'DefaultCPUAllocator' in str(error)
 
 
 def usable_device(name, option='--device'):
@@ -319,7 +324,6 @@ class Moments:
 
     @property
     def mu(self):
-        check(self.n > 1, f'expected 2 pictures or more, for a covariance, found {self.n}')
         return self.sum / self.n
 
     @property
@@ -329,10 +333,15 @@ class Moments:
 
 def save_stats(path, mu, sigma, n, preset, weights_sha256):
     """An .npz for load_stats, and for pytorch-fid and its kin, which read mu and sigma."""
-    with open(f'{path}.tmp', 'wb') as file:
-        np.savez(file, mu=mu, sigma=sigma, n=n, preset=preset, res=0 if preset == 'pytorch' else 256,
-                 weights_sha256=weights_sha256)
-    Path(f'{path}.tmp').replace(path)
+    part = Path(f'{path}.tmp')
+    try:
+        with open(part, 'wb') as file:
+            np.savez(file, mu=mu, sigma=sigma, n=n, preset=preset, res=0 if preset == 'pytorch' else 256,
+                     weights_sha256=weights_sha256)
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise ValueError(f'could not write {path} ({reason(error)}); free space or choose another') from None
 
 
 def load_stats(path):
@@ -353,6 +362,8 @@ def load_stats(path):
     check(mu.ndim == 1 and sigma.shape == 2 * mu.shape and np.isfinite(mu.sum() + sigma.sum()),
           f'expected mu (D,) and sigma (D, D) in {path}, without NaN or infinity; found {mu.shape} and '
           f'{sigma.shape}, with {np.isnan(mu).sum() + np.isnan(sigma).sum()} NaN')
+    check(abs(sigma - sigma.T).max() <= 1e-3 * abs(sigma).max(),
+          f'expected a covariance in {path}, found a sigma that is not symmetric')
     return stats
 
 
@@ -384,8 +395,10 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 def find_pictures(folder):
     """The pictures in and below a folder, each once, in natural order: 2.png before 10.png.
 
-    Without grid.png, the overview that sid_lsg.py sample puts beside its pictures."""
-    found = {path.resolve(): path for path in sorted(Path(folder).rglob('*'), reverse=True)
+    Without hidden ones, as in clean-fid, and grid.png, the overview that sid_lsg.py sample makes."""
+    # glob follows links to folders, of which sets are put together; Path.rglob does not
+    paths = (Path(folder, name) for name in glob.glob('**/*', root_dir=folder, recursive=True))
+    found = {path.resolve(): path for path in sorted(paths, reverse=True)
              if path.suffix.lower() in SUFFIXES and path.name != 'grid.png' and path.is_file()}
     check(found, f'no pictures found in or below {folder} (looked for {" ".join(SUFFIXES)})')
     # split() gives text and digits in turn, so that like meets like when two names are compared.
@@ -404,15 +417,19 @@ def read_array(path):
             file.seek(0)
         read_header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
         shape, fortran, dtype = read_header[np.lib.format.read_magic(file)[0]](file)
-        check(dtype == np.uint8 and len(shape) == 4 and shape[3] == 3 and not fortran,
+        check(dtype == np.uint8 and len(shape) == 4 and shape[3] == 3 and 0 not in shape and not fortran,
               f'it holds {dtype} {shape}, and nothing is scaled or turned by guess')
     except BROKEN as error:
         raise ValueError(f'expected a folder of pictures, an .npz of statistics (mu, sigma), or uint8 '
                          f'pictures (N, H, W, 3) as .npy or .npz at {path}; {reason(error)}') from None
     yield shape[0]
     for i in range(shape[0]):
-        data = file.read(size := shape[1] * shape[2] * 3)
-        check(len(data) == size, f'expected {shape[0]} pictures in {path}, it is cut off in number {i}')
+        try:
+            data = file.read(size := shape[1] * shape[2] * 3)
+            check(len(data) == size, 'cut off')
+        except BROKEN as error:
+            raise ValueError(f'expected {shape[0]} whole pictures in {path}, number {i} is not one '
+                             f'({reason(error)}); replace the file') from None
         yield np.frombuffer(data, np.uint8).reshape(shape[1:])
 
 
@@ -422,7 +439,8 @@ def decode(item, preset, skip_bad):
         return shrink(Image.fromarray(item), preset), 'array RGB {1}x{0}'.format(*item.shape)
     try:
         with Image.open(item) as image:
-            return shrink(image, preset), f'{image.format} {image.mode} {image.width}x{image.height}'
+            mode = image.mode + 'A' * ('transparency' in image.info)        # a PNG's tRNS
+            return shrink(image, preset), f'{image.format} {mode} {image.width}x{image.height}'
     except Exception as error:      # Pillow's decoders raise OSError, SyntaxError, struct.error ...
         check(skip_bad, f'expected a whole picture in {item}, found none ({reason(error)}); replace it, '
                         'or leave such out with --skip-bad')
@@ -594,7 +612,8 @@ def run_clip(args):
     count = next(pictures)
     captions = read_lines(args.sets[1], 'CAPTIONS')[:args.num or None]
     check(len(captions) == count, f'expected a caption for each picture, found {len(captions)} captions '
-          f'in {args.sets[1]} and {count} pictures in {args.sets[0]}; --num N takes the first N of both')
+          f'in {args.sets[1]} and {count} pictures in {args.sets[0]}; --num N takes the first N of both, '
+          'which is right only if no picture is missing between them')
     tokenizer = clip_text.load_tokenizer(args.tokenizer or Path(args.clip).parent)
     clip, cosines = load_clip(args.clip).to(args.device), []
     check(tokenizer.end == clip.token_embedding.num_embeddings - 1,
@@ -609,13 +628,16 @@ def run_clip(args):
     return dict(clip_score=float(np.mean(cosines)), n=count)
 
 
-def measure(path, args, preset, inception, last):
-    """What save_stats stores, of the pictures in a folder or array file."""
-    pictures, moments = read_pictures(path, args, preset, args.num if last else 0), Moments()
-    check((count := next(pictures)) > 1,
-          f'expected 2 pictures or more in {path}, for a covariance, found {count}')
+def enough(count, path):
+    check(count > 1, f'expected 2 pictures or more in {path}, for a covariance, found {count}')
+
+
+def measure(path, pictures, preset, inception):
+    """What save_stats stores, of the rest that read_pictures(path, ...) yields."""
+    moments = Moments()
     for images in filter(None, pictures):
         moments.add(features(inception, images, preset))
+    enough(moments.n, path)
     return dict(mu=moments.mu, sigma=moments.sigma, n=moments.n, preset=preset,
                 weights_sha256=inception.sha256)
 
@@ -624,20 +646,29 @@ def run_fid(args):
     """The FID of the two sets (None: there is one, to be stored), and what it depends on."""
     check(len(args.sets) == 2 or len(args.sets) == 1 and args.save_stats,
           f'expected REAL and FAKE, or one set and --save-stats FILE, got {" ".join(args.sets)}')
-    check(not args.save_stats or Path(args.save_stats).absolute().parent.is_dir(),
-          f'expected a folder for --save-stats {args.save_stats}, found none')
+    if target := args.save_stats:
+        folder = Path(target).absolute().parent
+        check(target.lower().endswith('.npz') and os.access(folder, os.W_OK),
+              f'expected an .npz for --save-stats in a folder that can be written, got {target}')
+        check(not Path(target).exists() or load_stats(target),
+              f'{target} holds pictures, which --save-stats would replace; give it another name')
     for path in args.sets:
         check(Path(path).exists(), f'expected pictures or statistics at {path}, found nothing')
-    sets = [load_stats(path) if path.endswith('.npz') else None for path in args.sets]
+    sets = [load_stats(path) if path.lower().endswith('.npz') else None for path in args.sets]
     check(not (sets[0] and args.save_stats or sets[-1] and args.num),
           '--save-stats takes its first set, and --num its last, as pictures; found statistics')
     presets = {stats['preset'] if stats else args.preset for stats in sets} - {''}
     check(len(presets) < 2, f'expected one preset, found {" and ".join(sorted(presets))} (this run\'s is '
           f'{args.preset}), between which FID means nothing; give --preset, or make the statistics anew')
     preset = ' '.join(presets) or 'unknown'
+    pictures = [None if stats else read_pictures(path, args, preset, num)
+                for path, stats, num in zip(args.sets, sets, [0, args.num][-len(sets):])]
+    for path, some in zip(args.sets, pictures):     # both are opened before hours go into the first
+        if some:
+            enough(next(some), path)
     inception = load_inception(args.weights).to(args.device) if None in sets else None
     for i, path in enumerate(args.sets):
-        sets[i] = sets[i] or measure(path, args, preset, inception, last=i == len(sets) - 1)
+        sets[i] = sets[i] or measure(path, pictures[i], preset, inception)
         if i == 0 and args.save_stats:
             save_stats(args.save_stats, **sets[0])
         if not sets[i]['preset']:
@@ -681,8 +712,13 @@ def main(arguments=None):
               'expected --batch of 1 or more, --num and --workers of 0 or more')
         usable_device(args.device)
         result = run_clip(args) if args.clip else run_fid(args)
-    except (ValueError, OSError, zipfile.BadZipFile, zlib.error) as error:
+    except (ValueError, OSError) as error:
         print(f'fid: {error}', file=sys.stderr)
+        sys.exit(2)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        print(f'fid: the device is out of memory; try --batch {max(args.batch // 2, 1)}', file=sys.stderr)
         sys.exit(2)
     print(', '.join(f'{key} {value}' for key, value in result.items()), file=sys.stderr)
     number = next(iter(result.values()))

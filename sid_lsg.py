@@ -576,7 +576,7 @@ class Run:
             most = torch.tensor(told)
             dist.all_reduce(most, op=dist.ReduceOp.MAX)
             told = most.item()
-            self.interrupted = told or self.interrupted         # one may have come meanwhile: for the next time
+            self.interrupted = told or self.interrupted     # one may have come meanwhile: for next time
         return told
 
     def end_iteration(self, iteration):
@@ -1508,7 +1508,7 @@ def main(arguments=None):
     try:
         run(config)
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or 'DefaultCPUAllocator' in str(error):
+        if fid.out_of_memory(error):
             print(f'sid_lsg: the device is out of memory; {less_memory(config)}', file=sys.stderr)
             sys.exit(2)
         if isinstance(error, dist.DistError) or 'gloo' in str(error):

@@ -331,7 +331,9 @@ def sets(tmp_path_factory):
     """Two folders of 12 pictures, made hard to list and to read; and their statistics by numpy."""
     folder = tmp_path_factory.mktemp('sets')
     for k, name in enumerate(('real', 'fake')):
-        (folder / name / 'below').mkdir(parents=True)
+        for below in (name, f'{name} elsewhere', f'{name}/.hidden'):
+            (folder / below).mkdir()
+        (folder / name / 'below').symlink_to(folder / f'{name} elsewhere')
         for i in range(12):
             image = Image.fromarray(picture(100 * k + i, 40 + i % 3, 50))
             image = image.convert({3: 'L', 4: 'RGBA', 5: 'P'}.get(i, 'RGB'))
@@ -339,6 +341,8 @@ def sets(tmp_path_factory):
             image.save(folder / name / f'{below}{i}.{suffix}')
         (folder / name / 'again.png').symlink_to(folder / name / '0.png')
         (folder / name / 'notes.txt').write_text('no picture')
+        for copy in ('.hidden/1.png', '._2.png'):       # by Jupyter and macOS
+            image.save(folder / name / copy)
     np.save(folder / 'real.npy', np.stack([picture(i, 40, 50) for i in range(12)]))
     np.savez(folder / 'fake.npz', np.stack([picture(100 + i, 40, 50) for i in range(12)]))
     return folder
@@ -352,7 +356,7 @@ def answer(capsys, *arguments):
 
 
 def test_folders_are_read_whole_and_in_order(sets, stand_in, capsys):
-    """Recursive, any case of suffix, no file twice; result independent of batch and threads, the last batch counts;
+    """Recursive through links, any case of suffix, no file twice, none that is hidden; result independent of batch and threads, the last batch counts;
     what was read is told, with warnings where it moves the number."""
     def moments(name):
         paths = [sets / name / f for f in ('0.png 1.png 2.png 3.png 4.png 5.png 6.PNG 7.jpeg 8.BMP 9.png '
@@ -450,7 +454,13 @@ def mess(sets, clip_path, tmp_path_factory):
     np.savez(folder / 'pickled.npz', mu=np.array([{}], dtype=object), sigma=np.eye(12))
     np.savez(folder / 'odd.npz', a=np.zeros(3), b=np.zeros(3))
     (folder / 'broken.npz').write_bytes((folder / 'clean.npz').read_bytes()[:500])
+    np.savez(folder / 'askew.npz', mu=np.zeros(12), sigma=np.triu(np.ones((12, 12))))
     np.save(folder / 'float.npy', np.zeros((4, 9, 9, 3)))
+    np.save(folder / 'flat.npy', np.zeros((4, 0, 9, 3), np.uint8))
+    (folder / 'pictures.npz').symlink_to(sets / 'fake.npz')
+    data = bytearray((sets / 'fake.npz').read_bytes())
+    data[30_000] ^= 1
+    (folder / 'changed.npz').write_bytes(data)
     (folder / 'short.npy').write_bytes((sets / 'real.npy').read_bytes()[:30_000])
     (folder / 'stats.pkl').write_bytes(b'no matter')
     (folder / 'captions.txt').write_text('a\nb\n')
@@ -478,13 +488,19 @@ REFUSALS = {
     'npz of neither': (['odd.npz', 'real'], 'odd.npz'),
     'truncated npz': (['broken.npz', 'real'], 'broken.npz'),
     'float pictures': (['real', 'float.npy'], 'float64'),
-    'truncated pictures': (['real', 'short.npy'], 'cut off in number 4'),
+    'truncated pictures': (['real', 'short.npy'], 'number 4 is not one'),
+    'changed pictures': (['real', 'changed.npz'], 'changed.npz, number'),
+    'pictures without height': (['real', 'flat.npy'], '(4, 0, 9, 3)'),
+    'the second set, before the first is read': (['cut', 'empty'], 'no pictures found in or below empty'),
     'presets of two files': (['clean.npz', 'tf.npz'], 'clean and tf'),
     'preset of file and run': (['tf.npz', 'real'], '--preset'),
     'NaN in statistics': (['nan.npz', 'real'], 'NaN'),
+    'not symmetric': (['askew.npz', 'real'], 'askew.npz'),
     'another dimension': (['small.npz', 'real'], '5 and 12'),
     'statistics of statistics': (['clean.npz', '--save-stats', 'new.npz'], 'as pictures'),
     'nowhere to save': (['real', '--save-stats', 'no/new.npz'], 'no/new.npz'),
+    'a name that no set can have': (['real', '--save-stats', 'coco'], 'got coco'),
+    'statistics over pictures': (['real', '--save-stats', 'pictures.npz'], 'pictures.npz holds pictures'),
     'device': (['real', 'fake', '--device', 'abacus'], 'abacus'),
     'device without memory': (['real', 'fake', '--device', 'meta'], '--device meta'),
     'batch': (['real', 'fake', '--batch', '0'], '--batch'),
@@ -524,6 +540,21 @@ def test_broken_pictures_are_left_out_on_request(mess, stand_in, capsys, monkeyp
     monkeypatch.chdir(mess)
     _, err = answer(capsys, 'real', 'cut', '--skip-bad')
     assert 'left out cut/1.png' in err and "n [12, 2]" in err
+
+
+def test_failures_amid_the_work(sets, stand_in, tmp_path, monkeypatch, capsys):
+    """A full disk leaves nothing half-written, and out of memory is answered with what to do."""
+    def full(file, **arrays):
+        file.write(b'half')
+        raise OSError(28, 'No space left on device')
+
+    def short(self, x):
+        raise torch.OutOfMemoryError('CUDA out of memory')
+    for module, name, broken, fact in ((np, 'savez', full, 'new.npz (OSError'), (StandIn, 'forward', short, '--batch 4')):
+        monkeypatch.setattr(module, name, broken)
+        with pytest.raises(SystemExit) as stop:
+            fid.main([str(sets / 'real'), '--save-stats', str(tmp_path / 'new.npz'), '--batch', '8'])
+        assert stop.value.code == 2 and fact in capsys.readouterr().err and not [*tmp_path.iterdir()]
 
 
 def test_broken_weights_are_noticed_in_the_features(sets, monkeypatch, capsys):
