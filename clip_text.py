@@ -68,6 +68,8 @@ class Attention(nn.Module):
 
     def __init__(self, width, heads):
         super().__init__()
+        if width % heads:
+            raise ValueError(f'{width} numbers cannot be shared by {heads} heads')
         self.heads = heads
         self.q_proj = nn.Linear(width, width)
         self.k_proj = nn.Linear(width, width)
@@ -162,9 +164,9 @@ def load_tokenizer(path):
             raise FileNotFoundError(f'expected a CLIP tokenizer at {folder}, found no {name} there; '
                                     'give the folder that holds tokenizer/ or that folder itself')
     vocab = unet.read_json(folder / 'vocab.json')
-    lines = (folder / 'merges.txt').read_text(encoding='utf-8').split('\n')
-    merges = [tuple(line.split()) for line in lines if line and not line.startswith('#version')]
     try:
+        lines = (folder / 'merges.txt').read_text(encoding='utf-8').split('\n')
+        merges = [tuple(line.split()) for line in lines if line and not line.startswith('#version')]
         return Tokenizer(vocab, merges)
     except Exception as error:          # tokenizers raises nothing more special
         raise ValueError(f'vocab.json and merges.txt in {folder} are not a CLIP tokenizer '

@@ -7,7 +7,7 @@ arXiv 2404.04057 (SiD).
     python sid_lsg.py train                 # the tiny teacher of tests/tiny_sd, minutes on a laptop
     python sid_lsg.py train --teacher PATH --prompts FILE   # a Stable Diffusion 1.5, the paper's defaults
     python sid_lsg.py sample "a red star above a blue ring on a black background"
-    python sid_lsg.py convert runs/000 student.safetensors  # for other programs
+    python sid_lsg.py convert runs/000 student              # for other programs
 
     paper            | here      | shape (SD 1.5, 512 px) | what it is
     -----------------|-----------|------------------------|-----------------------------------------------
@@ -114,7 +114,7 @@ class TrainConfig:
     fake_lr: float = option(1e-6, 'learning rate of the fake score net')
     ema_kimg: float = option(50.0, 'half-life of the generator\'s average in thousand images')
     ema_rampup: float = option(0.05, 'that half-life is at most this share of the images seen so far')
-    seed: int = option(0, 'every random draw follows from it')
+    seed: int = option(0, 'every random draw of training follows from it')
 
     out: str = option('', 'run folder to make (default: the next free runs/NNN)', group='the run folder',
                       metavar='FOLDER')
@@ -139,7 +139,7 @@ class TrainConfig:
 
     device: str = DEVICE
     precision: str = option('fp32', 'fp32, or autocast to bf16 or fp16 over fp32 weights '
-                            '(those of the teacher, which never change, in bf16)',
+                            '(with bf16 the teacher\'s, which never change, are bf16, too)',
                             choices=[*DTYPES])
     micro_batch: int = option(0, 'images at a time on each device, whose gradients add up to the '
                               'batch\'s (default: all that is its part)')
@@ -158,8 +158,8 @@ class SampleConfig:
     size: int = option(0, 'side of the pictures in pixels (default: what the generator was trained at)')
     out: str = option('', 'folder to make (default: the next free samples/NNN)', metavar='FOLDER')
 
-    generator: str = option('', 'run folder or generator folder (default: the newest run in runs/)',
-                            group='what draws', metavar='FOLDER')
+    generator: str = option('', 'run folder, generator folder, or file that convert wrote (default: the '
+                            'newest run in runs/)', group='what draws', metavar='PATH')
     steps: int = option(1, 'steps of the generator', choices=[1, 2, 4])
     teacher: str = option('', 'checkpoint whose VAE and text encoder to use '
                           '(default: the generator\'s teacher)', metavar='PATH')
@@ -218,7 +218,10 @@ def at(table, t):
 
 
 def nan_samples(*tensors):
-    """(B, 1, 1, 1) bool: the samples with a NaN in any of the tensors, which a loss leaves out."""
+    """(B, 1, 1, 1) bool: the samples with a NaN in any of the tensors, which a loss leaves out.
+
+    As in the official loop. A net in which such a sample was NaN has NaN in most weights' gradients all the
+    same (0 times NaN), which update() makes 0: an iteration with one hardly moves anything."""
     return torch.stack(
         [x.detach().isnan().flatten(1).any(1) for x in tensors]).any(0)[:, None, None, None]
 
@@ -289,14 +292,14 @@ def train(config):
     run = Run(config)
     teacher, G, ema, fake, null = run.teacher, run.G, run.ema, run.fake, run.null
     kappa1, kappa2, kappa4 = config.kappa
-    drop = config.drop if (kappa1, kappa2) != (1, 1) else 0.0
+    drop = config.drop if (kappa1, kappa2) != (1, 1) else 0.0     # "" is learnt for guidance
     share = config.micro_batch / config.batch   # with it micro-batches' losses add up to the batch's mean
 
     for iteration in range(run.first, run.iterations):
         # psi-step: the fake score net learns to denoise what the generator makes at present.
         fake.requires_grad_(True)
         for rows in run.micro_batches:
-            context, z, t, eps = run.draw(iteration, 0, rows, drop)
+            context, z, t, eps = run.draw(iteration, 0, rows, drop)     # 0: the first half's numbers
             with autocast(config.precision, run.device):
                 with torch.no_grad():           # no gradient from this loss to the generator
                     x_g = generate(G, z, context, config.t_init)
@@ -420,9 +423,9 @@ def send(x, device):
 def draw_samples(config, prompts, encode, shape, device, iteration, half, rows, drop=0.0):
     """context, z, t and eps for `rows` of the batch of one half (0 psi, 1 theta) of an iteration.
 
-    All on the device, yet sample i depends on (seed, iteration, half, i) alone, neither on micro-batch
-    nor device. Prompts come without replacement, each epoch in a new order; a share `drop` of them
-    becomes ''."""
+    All on the device, yet sample i's noise and t depend on (seed, iteration, half, i) alone, neither on
+    micro-batch nor device. Prompts come without replacement, batch after batch, each epoch in a new
+    order; a share `drop` of them becomes ''."""
     texts, steps, noise = [], [], []
     for i in rows.tolist():
         rng = np.random.default_rng((config.seed, iteration, half, i))
@@ -439,10 +442,10 @@ class Log:
     """A row of log.jsonl for each iteration and a status line every few seconds.
 
     Numbers stay on the device until a status line is due, so that no iteration waits for one. Of many
-    processes the first writes."""
+    processes the first writes. `tensors`: how many a net has."""
 
-    def __init__(self, config, out, writes):
-        self.config, self.writes = config, writes
+    def __init__(self, config, out, writes, tensors):
+        self.config, self.writes, self.tensors = config, writes, tensors
         self.file = out and out / 'log.jsonl'
         self.row, self.waiting, self.failing = {}, [], 0
         self.began = self.printed = time.time()
@@ -479,9 +482,12 @@ class Log:
                 file.write(json.dumps({name: value if math.isfinite(value) else None
                                        for name, value in row.items()}) + '\n')
         for row in rows:
-            self.failing = self.failing + 1 if row['nan_samples'] >= self.config.batch else 0
+            lost = row['nan_samples'] >= self.config.batch or row['bad_grads'] > 0.9 * self.tensors
+            self.failing = self.failing + 1 if lost else 0
             if self.failing == 10:
-                raise FloatingPointError('every sample was NaN for 10 iterations')
+                raise FloatingPointError(
+                    'all samples or nearly all gradients of a net were NaN for 10 iterations, so it learns no '
+                    'more; begin a new run with a smaller --lr and --fake-lr, and not in fp16')
         pace = (self.printed - self.began) / (seen - self.images)
         mean = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
         trouble = sum(row['nan_samples'] + row['bad_grads'] for row in rows)
@@ -536,8 +542,8 @@ class Run:
         self.optimizers = dict(G=Adam(self.G.parameters(), config.lr, eps),
                                fake=Adam(self.fake.parameters(), config.fake_lr, eps))
         self.micro_batches = torch.arange(config.batch)[self.rank::self.world].split(config.micro_batch)
-        self.first, self.iterations = 0, math.ceil(config.kimg * 1000 / config.batch)
-        self.log = Log(config, self.out, self.rank == 0)
+        self.first, self.iterations = 0, math.ceil(round(config.kimg * 1000, 3) / config.batch)
+        self.log = Log(config, self.out, self.rank == 0, len(self.optimizers['G'].parameters))
         self.interrupted = self.told = 0        # the number of a signal; and once it counts
         with user_errors():
             if config.progress_samples and self.rank == 0:
@@ -819,8 +825,8 @@ def sample(config):
     torchrun share what is left."""
     net, vae, encode, jobs, todo, shape, facts, out, device = open_sample(config)
     null = encode([''])
+    config.batch = max(min(config.batch, len(todo)), 1)
     if config.compile:
-        config.batch = max(min(config.batch, len(todo)), 1)
         compile_to_draw(net, vae.decoder, encode.net, config.batch)
 
     def make(z, fresh, context):
@@ -854,9 +860,10 @@ def sample(config):
     first = [out / f'{i:06d}.png' for i in range(min(len(jobs), 64))]
     if all(path.is_file() for path in first):   # else another process is still at it, and will do this
         columns = min(8, len(parse_seeds(config.seeds)) if config.seeds else math.ceil(len(first) ** 0.5))
-        save_png(make_grid([np.asarray(Image.open(path)) for path in first],
-                           [f'{text} [{seed}]' for text, seed in jobs], columns), out / 'grid.png')
-        print(out / 'grid.png')
+        with user_errors():
+            print(save_png(make_grid([np.asarray(Image.open(path)) for path in first],
+                                     [f'{text} [{seed}]' for text, seed in jobs], columns),
+                           out / 'grid.png'), flush=True)
 
 
 def compile_to_draw(net, decoder, text, batch):
@@ -906,8 +913,12 @@ def save_png(image, path, **text):
         info.add_text(key, str(value))
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
     new = f'{path}.{os.environ.get("RANK", 0)}.tmp'    # of torchrun's processes each may write the grid
-    image.save(new, format='PNG', pnginfo=info)
-    return Path(new).replace(path)
+    try:
+        image.save(new, format='PNG', pnginfo=info)
+        return Path(new).replace(path)
+    except OSError:
+        Path(new).unlink(missing_ok=True)
+        raise
 
 
 def full_path(name):
@@ -953,7 +964,8 @@ def convert(config):
         pickled = source.is_file() and is_official_pickle(source)
         student = bool(facts) or pickled
         net = read_official_pickle(source) if pickled else unet.load(folder if facts else config.source)
-        alone = pickled or not facts and (source / 'config.json').is_file()     # a UNet's own folder
+        alone = pickled or (folder.is_dir() and not (folder / 'vae').is_dir()       # a UNet, and nothing else
+                            and (bool(facts) or (source / 'config.json').is_file()))
         teacher = config.teacher or facts.get('teacher') or ('' if alone else config.source)
         check(teacher or not single,
               f'{source} is a UNet alone, and {target} needs a VAE and a text encoder too; '
@@ -973,8 +985,8 @@ def convert(config):
         new, old = (target.with_name(target.name + end) for end in ('.tmp', '.old'))
         aside = os.path.lexists(target) and not (single and target.is_file())      # a rename replaces a file
         for path in (new, old) if aside else (new,):
-            check(not path.exists(), f'{path} is in the way, perhaps of a convert that was killed; '
-                                     f'once {target} is whole, remove it')
+            check(not path.exists(), f'{path} is in the way, perhaps of a convert that was killed; remove it'
+                  + f' once {target} is whole' * (path == old) + ', then do this again')
         target.parent.mkdir(parents=True, exist_ok=True)
         facts = {'t_init': 625, **facts} if student else {}
         for part in ('teacher', 'tokenizer'):           # they are in the folder or file, or nowhere
@@ -1209,7 +1221,7 @@ def warn_of_cuts(prompts, tokenizer):
     cut = [(prompt, lost) for prompt in long if (lost := tokenizer.lost(prompt))]
     for prompt, lost in cut[:3]:
         print(f'warning: "{textwrap.shorten(prompt, 60)}" is longer than {clip_text.LENGTH} tokens, '
-              f'this is cut: "{lost}"', file=sys.stderr)
+              f'this is cut: "{textwrap.shorten(lost, 200)}"', file=sys.stderr)
     if len(cut) > 3:
         print(f'warning: {len(cut) - 3} more prompts are longer than {clip_text.LENGTH} tokens '
               'and are cut', file=sys.stderr)
@@ -1347,12 +1359,21 @@ def generator_in(path):
 
     Of a single file that convert wrote: what its header says."""
     folder = Path(path, 'generator') if Path(path, 'generator').is_dir() else Path(path)
-    said = folder / 'generator.json'
+    said, settings = folder / 'generator.json', folder / 'config.json'
     if folder.is_file():
         about = unet.read_metadata(folder)
-        return folder, {name: int(about[name]) for name in ('t_init', 'size', 'images')
-                        if {name, 't_init'} <= about.keys()}
-    return folder, unet.read_json(said) if said.is_file() else {}
+        facts = {name: int(about[name]) if about[name].isdecimal() else about[name]
+                 for name in ('t_init', 'size', 'images') if {name, 't_init'} <= about.keys()}
+    else:
+        facts = unet.read_json(said) if said.is_file() else {}
+        check(facts or not settings.is_file() or 'kimg' not in unet.read_json(settings),
+              f'expected a generator in the run folder {folder}, found none yet; it comes with the first '
+              'picture grid after the start')
+    check(facts.get('t_init', 0) in range(1000) and facts.get('size', 0) in range(2 ** 20)
+          and all(isinstance(facts.get(name, ''), str) for name in ('teacher', 'tokenizer')),
+          f'expected of the generator {folder} a t_init of 0 to 999, a size in pixels and paths as text, '
+          f'found {facts}; correct its generator.json, or convert it anew')
+    return folder, facts
 
 
 def open_generator(config):
@@ -1363,12 +1384,12 @@ def open_generator(config):
     check(config.generator or newest,
           'expected a trained generator, found none under runs/; run `python sid_lsg.py train` first, '
           'give --generator FOLDER, or --teacher-steps 25 for the teacher itself')
-    folder, facts = generator_in(config.generator or newest[-1])
+    folder, facts = generator_in(unet.locate(config.generator or newest[-1]))
     facts = {'t_init': 625, **facts}
     whole = folder.is_file() or (folder / 'vae').is_dir()       # convert writes such
     config.teacher = config.teacher or (str(folder) if whole else facts.get('teacher'))
     config.tokenizer = config.tokenizer or facts.get('tokenizer', '')
-    config.size = config.size or facts.get('size', 0)
+    config.size = config.size or int(facts.get('size', 0))
     check(config.teacher, f'expected {folder}/generator.json to name the teacher, '
                           'whose VAE and text encoder are needed; give --teacher FOLDER')
     return folder, facts
@@ -1386,12 +1407,12 @@ def open_sample(config):
             folder = config.teacher = config.teacher or str(TINY_TEACHER)
             config.kappa = 1.5 if config.kappa is None else config.kappa
             check(math.isfinite(config.kappa), f'expected a finite number for --kappa, got {config.kappa}')
-            facts = dict(generator=folder, teacher_steps=config.teacher_steps, kappa=config.kappa)
+            facts = dict(generator=full_path(folder), teacher_steps=config.teacher_steps, kappa=config.kappa)
         else:
             check(config.kappa is None, '--kappa guides the teacher, with --teacher-steps; '
                                         'a one-step generator was trained with its own')
             folder, facts = open_generator(config)
-            facts = dict(generator=folder, steps=config.steps, t_init=facts['t_init'],
+            facts = dict(generator=full_path(folder), steps=config.steps, t_init=facts['t_init'],
                          images=facts.get('images', 'unknown'))
         world = int(os.environ.get('WORLD_SIZE', 1))        # torchrun sets it
         check(config.out or world == 1, 'expected --out with torchrun, for all processes to write to')
@@ -1409,10 +1430,13 @@ def open_sample(config):
         seeds = parse_seeds(config.seeds) if config.seeds else None
         jobs = ([(text, seed) for text in texts for seed in seeds] if seeds
                 else [(text, i) for i, text in enumerate(texts)])
-        facts |= dict(teacher=full_path(config.teacher), precision=config.precision,
+        facts |= dict(teacher=full_path(config.teacher), tokenizer=full_path(config.tokenizer),
+                      precision=config.precision if dtype == DTYPES[config.precision] else 'fp32',
                       size=shape[1] * vae.factor)
         facts = {name: str(value) for name, value in facts.items()}
         out = Path(config.out) if config.out else new_folder('', 'samples', '*.png')
+        check(out.is_dir() or not out.exists(),
+              f'expected a folder for --out, found a file at {out}; give another')
         out.mkdir(parents=True, exist_ok=True)
         todo = [i for i in range(int(os.environ.get('RANK', 0)), len(jobs), world)
                 if not drawn(out / f'{i:06d}.png', prompt=jobs[i][0], seed=str(jobs[i][1]), **facts)]
@@ -1507,6 +1531,9 @@ def main(arguments=None):
         config = make_config(kind, given)
     try:
         run(config)
+    except KeyboardInterrupt:
+        print('sid_lsg: interrupted', file=sys.stderr)
+        sys.exit(130)
     except (RuntimeError, MemoryError) as error:
         if fid.out_of_memory(error):
             print(f'sid_lsg: the device is out of memory; {less_memory(config)}', file=sys.stderr)

@@ -81,6 +81,8 @@ class Attention(nn.Module):
 
     def __init__(self, width, context_dim, heads):
         super().__init__()
+        if width % heads:
+            raise ValueError(f'{width} channels cannot be shared by {heads} heads')
         self.heads = heads
         # No bias but in the output: attention.py 158-168.
         self.to_q = nn.Linear(width, width, bias=False)
@@ -284,7 +286,7 @@ class UNet(nn.Module):
         x = self.conv_in(x)                                         # (B, 320, H, W)
         skips = [x]
         for block in self.down_blocks:
-            x, more = block(x, temb, context)                       # 320 H, 640 H/2, 1280 H/4, 1280 H/8
+            x, more = block(x, temb, context)                       # 320 H/2, 640 H/4, 1280 H/8 twice
             skips += more
         x = self.mid_block(x, temb, context)                        # (B, 1280, H/8, W/8)
         for block in self.up_blocks:
@@ -353,7 +355,7 @@ def read_tensors(file):
             f'{file} is a pickle that {asked_for(error) or "holds more than tensors"}, so it was '
             'not opened; an official SiD-LSG generator is read safely by `python sid_lsg.py convert`, '
             'of anything else look for a .safetensors') from None
-    except (RuntimeError, EOFError, KeyError, ValueError) as error:
+    except (RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError) as error:
         reason = ' '.join(str(error).split())[:120]
         raise ValueError(f'{file} is a torch file cut off or damaged ({reason}); '
                          'download it again') from None
@@ -361,7 +363,8 @@ def read_tensors(file):
         state = state['state_dict']
     if not isinstance(state, dict):
         raise ValueError(f'{file} holds a {type(state).__name__}; expected tensors by name')
-    return {name: tensor for name, tensor in state.items() if torch.is_tensor(tensor)}
+    return {name: tensor for name, tensor in state.items()
+            if isinstance(name, str) and torch.is_tensor(tensor)}
 
 
 def asked_for(error):
@@ -532,7 +535,7 @@ def sized(make, file):
     try:
         with torch.device('meta'):
             return make()
-    except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
+    except (LookupError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise ValueError(f'the sizes given with {file} are not those of a Stable Diffusion 1.5 '
                          f'({type(error).__name__}: {error})') from None
 

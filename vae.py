@@ -162,6 +162,8 @@ class VAE(nn.Module):
 
     def __init__(self, channels=(128, 256, 512, 512), layers=2, groups=32, scale=0.18215):
         super().__init__()
+        if not 0 < scale < float('inf'):
+            raise ValueError(f'latents cannot be scaled by {scale}')
         self.scale = scale
         self.factor = 2 ** (len(channels) - 1)
         self.encoder = Encoder(channels, layers, groups)

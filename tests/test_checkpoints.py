@@ -581,6 +581,9 @@ FILES = {                                                   # what it is: (build
     'safetensors cut off in its last byte': (cut(-1), ALL, 'cut'),
     'ckpt cut off in its middle': (cut(0.5, torch_file(halves)), ALL, 'cut'),
     'ckpt cut off in its last byte': (cut(-1, torch_file(halves)), ALL, 'cut'),
+    'ckpt of the old kind, cut off': (cut(1000, torch_file(halves, _use_new_zipfile_serialization=False)), ALL, 'cut'),
+    'a single byte': (content(b'\x80', 'model-v1.ckpt'), ALL, 'cut'),
+    'tensors by number': (torch_file(lambda weights: {1: torch.zeros(1)}), ALL),
     'SDXL': (edited(as_sdxl), ALL, XL),
     'SD 2': (edited(as_sd2), ('unet', 'text_encoder'), TWO),
     'inpainting': (edited(set_tensor(CONV_IN, torch.rand(32, 9, 3, 3))), UNET_ONLY, 'inpaint'),
@@ -692,6 +695,13 @@ FOLDERS = {                                                 # what is wrong: (ho
     'weights a git-lfs pointer': (
         lambda f: (f / 'vae' / 'diffusion_pytorch_model.safetensors').write_bytes(LFS), 'vae', 'git-lfs'),
     'weights an HTML page': (lambda f: (f / 'text_encoder' / 'model.safetensors').write_bytes(HTML), 'text_encoder', 'HTML'),
+    'heads that do not divide': (lambda f: config_of(f, 'unet', attention_head_dim=7), 'unet', 'heads'),
+    'heads level by level': (lambda f: config_of(f, 'unet', attention_head_dim=[8] * 4), 'unet', 'sizes'),
+    'no groups': (lambda f: config_of(f, 'unet', norm_num_groups=0), 'unet', 'sizes'),
+    'heads that do not divide, text': (lambda f: config_of(f, 'text_encoder', num_attention_heads=7), 'text_encoder', 'heads'),
+    'latents of no size': (lambda f: config_of(f, 'vae', scaling_factor=0), 'vae', 'scaled by 0'),
+    'latents scaled by a word': (lambda f: config_of(f, 'vae', scaling_factor='x'), 'vae', 'sizes'),
+    'merges not UTF-8': (lambda f: (f / 'tokenizer' / 'merges.txt').write_bytes(b'caf\xe9'), 'tokenizer', 'merges.txt'),
     'no VAE': (lambda f: shutil.rmtree(f / 'vae'), 'vae', 'vae'),
     'a UNet that predicts v': (lambda f: (f / 'scheduler' / 'scheduler_config.json').write_text('{"prediction_type": "v_prediction"}'),
                                'unet', 'v_prediction'),
@@ -945,6 +955,8 @@ def test_official_pickles_convert(processor, dtype, student, whole_folder, weigh
     if processor is AttnProcessor2_0:
         assert convert(file, tmp_path / 'alone', '--precision', 'fp32') == 0
         assert_student(tmp_path / 'alone', expected)
+        assert convert(tmp_path / 'alone', tmp_path / 'again') == 0
+        assert_student(tmp_path / 'again', expected)
     else:
         assert convert(file, tmp_path / 'out.safetensors', '--teacher', whole_folder, '--precision', 'fp32') == 0
         parts = {part: expect(tensors, 'fp16') for part, tensors in weights.items()}
@@ -953,6 +965,8 @@ def test_official_pickles_convert(processor, dtype, student, whole_folder, weigh
 
 def test_a_pickle_alone_makes_no_single_file(pickled, tmp_path, capsys):
     refused_by_convert(capsys, tmp_path, content(pickled, 'network.pkl')(tmp_path, None), '--teacher')
+    assert convert(tmp_path / 'network.pkl', tmp_path / 'alone') == 0
+    refused_by_convert(capsys, tmp_path, tmp_path / 'alone', '--teacher')
 
 
 def test_pickles_convert_where_diffusers_is_not_installed(student, pickled, tmp_path):

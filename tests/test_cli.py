@@ -188,7 +188,7 @@ def test_sample_takes_the_newest_run_and_labels_its_pictures(run):
     assert result.stdout.split() == names and result.stderr == ''
     first, last = Image.open(folder / names[1]), Image.open(folder / names[5])
     assert first.size == (32, 32) and first.text['prompt'] == prompt and first.text['seed'] == '1'
-    assert last.text['prompt'] == 'ünï' and last.text['seed'] == '7' and last.text['generator'].startswith('runs/000')
+    assert last.text['prompt'] == 'ünï' and last.text['seed'] == '7' and last.text['generator'] == str(folder / 'runs' / '000' / 'generator')
     assert not list(folder.glob('pictures/*.tmp'))
     again = call('sample', 'something else', '--out', 'pictures', cwd=folder)
     assert again.returncode == 2 and 'nothing was overwritten' in again.stderr
@@ -204,8 +204,8 @@ def test_sample_goes_on_where_it_was_cut_off_and_shares_work(run, tmp_path):
     pixels = [np.asarray(Image.open(tmp_path / 'all' / f'{i:06d}.png')).astype(int) for i in range(5)]
     (tmp_path / 'all' / '000003.png').unlink()
     kept = (tmp_path / 'all' / '000002.png').stat().st_mtime_ns
-    result = call(*ask, '--out', 'all', '--precision', 'bf16', cwd=tmp_path)
-    assert result.returncode == 2 and 'with another precision' in result.stderr
+    result = call(*ask, '--out', 'all', '--steps', 2, cwd=tmp_path)
+    assert result.returncode == 2 and 'with another steps' in result.stderr
     result = call(*ask, '--out', 'all', cwd=tmp_path)
     assert result.stdout.split() == ['all/000003.png', 'all/grid.png'] and '4 of 5' in result.stderr
     assert (tmp_path / 'all' / '000002.png').stat().st_mtime_ns == kept
@@ -220,6 +220,23 @@ def test_sample_goes_on_where_it_was_cut_off_and_shares_work(run, tmp_path):
     broken.write_bytes(broken.read_bytes()[:-200])
     result = call(*ask, '--out', 'all', cwd=tmp_path)
     assert result.returncode == 2 and 'all/000001.png' in result.stderr and 'delete it' in result.stderr
+
+
+def test_sample_keeps_apart_what_other_settings_drew(run, teacher, tmp_path):
+    """One name for two generators, from two places; another folder of words. And what cannot be written is told."""
+    folder, _ = run
+    ask = ['sample', 'a red star', '--out', tmp_path / 'out', '--generator', 'runs/000']
+    assert call(*ask, cwd=folder).returncode == 0
+    shutil.copytree(folder / 'runs', tmp_path / 'runs')
+    shutil.copytree(teacher / 'tokenizer', tmp_path / 'words')
+    for more, cwd, fact in (([], tmp_path, 'generator'), (['--tokenizer', tmp_path / 'words'], folder, 'tokenizer')):
+        result = call(*ask, *more, cwd=cwd)
+        assert result.returncode == 2 and f'with another {fact};' in result.stderr, result.stderr
+    (tmp_path / 'out' / 'grid.png').unlink()
+    (tmp_path / 'out' / 'grid.png').mkdir()
+    result = call(*ask, cwd=folder)
+    assert result.returncode == 2 and 'grid.png' in result.stderr and 'Traceback' not in result.stderr
+    assert sorted(os.listdir(tmp_path / 'out')) == ['000000.png', 'grid.png']
 
 
 def test_a_picture_depends_on_its_prompt_and_seed_alone(run):
@@ -260,6 +277,7 @@ def test_sample_draws_the_same_in_half_precision(precision, run, tmp_path):
     whole, half = (np.stack([np.asarray(Image.open(tmp_path / name / f'{i:06d}.png')).astype(int) for i in range(4)])
                    for name in ('fp32', precision))
     able = sid_lsg.arithmetic(sid_lsg.DTYPES[precision], torch.device('cpu')) != torch.float32
+    assert Image.open(tmp_path / precision / '000000.png').text['precision'] == (precision if able else 'fp32')
     assert (abs(whole - half).max() > 0) == able and abs(whole - half).mean() < 0.02 * whole.std()
 
 
@@ -358,6 +376,8 @@ def test_a_long_prompt_is_cut_with_a_warning(run):
     assert result.returncode == 0 and 'cut: "' in result.stderr
     assert 'and the end"' in result.stderr and '星月"' in result.stderr     # few characters, three bytes each
     assert 'İİİİİ"' in result.stderr        # 60 bytes, and 90 in lower case
+    result = call('sample', 'a red star ' * 5000, '--out', 'longer', cwd=folder)
+    assert result.returncode == 0 and 'cut: "' in result.stderr and len(result.stderr) < 1000
 
 
 def test_text_files_of_any_editor_are_read(tmp_path):
@@ -395,6 +415,11 @@ REFUSALS = {
     'run of no name': (['train', '--teacher', 'TEACHER', '--resume', ''], 'expected a run folder at --resume'),
     'cut-off weights': (['train', '--teacher', 'cut'], 'cut'),
     'no generator yet': (['sample', 'a red star'], 'train'),
+    'no such generator': (['sample', 'x', '--generator', 'nowhere'], 'checkpoint at nowhere'),
+    'generator of a run just begun': (['sample', 'x', '--generator', 'begun'], 'found none yet'),
+    'conversion of a run just begun': (['convert', 'begun', 'student'], 'found none yet'),
+    'generator of no such step': (['sample', 'x', '--generator', 'late'], 't_init of 0 to 999'),
+    'a file for a folder': (['sample', 'x', '--teacher', 'TEACHER', '--teacher-steps', '2', '--out', 'empty.txt'], 'a file at empty.txt'),
     'no prompt': (['sample', '--teacher', 'TEACHER', '--teacher-steps', '2'], 'expected a prompt'),
     'seeds': (['sample', 'x', '--teacher', 'TEACHER', '--teacher-steps', '2', '--seeds', '1-'], '1-'),
     'seeds backwards': (['sample', 'x', '--teacher', 'TEACHER', '--teacher-steps', '2', '--seeds', '7-0'], 'from low to high'),
@@ -402,8 +427,8 @@ REFUSALS = {
     'kappa of no number': (['sample', 'x', '--teacher', 'TEACHER', '--teacher-steps', '2', '--kappa', 'nan'], 'finite number for --kappa'),
     'text encoder of another UNet': (['sample', 'x', '--generator', 'TEACHER', '--teacher', 'wide'], 'expected text states of 16'),
     'prompt not UTF-8': (['sample', 'a red \udcff', '--teacher', 'TEACHER', '--teacher-steps', '2'], 'UTF-8'),
-    'convert in the way': (['convert', 'TEACHER', 'new'], 'new.tmp is in the way'),
-    'convert in the way of removal': (['convert', 'TEACHER', 'wide', '--overwrite'], 'wide.old is in the way'),
+    'convert in the way': (['convert', 'TEACHER', 'new'], 'killed; remove it, then do this again'),
+    'convert in the way of removal': (['convert', 'TEACHER', 'wide', '--overwrite'], 'remove it once wide is whole'),
     'seed too large': (['sample', 'x', '--teacher', 'TEACHER', '--teacher-steps', '2', '--seeds', str(2 ** 64)], 'below 2^64'),
     'kappa without a teacher': (['sample', 'x', '--kappa', '2'], '--teacher-steps'),
 }
@@ -416,6 +441,9 @@ def mess(teacher, tmp_path_factory):
     (folder / 'empty.txt').write_text('\n  \n')
     (folder / 'used').mkdir()
     (folder / 'used' / 'config.json').write_text('{}')
+    for name, file, text in (('begun', 'config.json', '{"kimg": 1}'), ('late', 'generator.json', '{"t_init": 5000}')):
+        (folder / name).mkdir()
+        (folder / name / file).write_text(text)
     for name, settings in dict(odd='{"learning_rate": 1}', text='{"lr": "1e-4"}', several='{"lr": [1, 2]}', half='{"batch": 8.5}',
                                fp8='{"precision": "fp8"}', switch='{"checkpoint": 1}').items():
         (folder / name).mkdir()
@@ -446,6 +474,18 @@ def test_refusals(name, mess, teacher, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert stop.value.code == 2 and fact in error and 'Traceback' not in error
     assert sorted(mess.rglob('*')) == before
+
+
+@pytest.mark.parametrize('error, code, said', [
+    (KeyboardInterrupt, 130, 'interrupted'),
+    (torch.OutOfMemoryError, 2, 'the device is out of memory; try --precision bf16')])      # there is one picture only
+def test_what_stops_sampling_is_no_traceback(error, code, said, run, tmp_path, monkeypatch, capsys):
+    def stopped(*arguments):
+        raise error
+    monkeypatch.setattr(sid_lsg, 'draw_pictures', stopped)
+    with pytest.raises(SystemExit) as stop:
+        sid_lsg.main(['sample', 'x', '--generator', str(run[0] / 'runs' / '000'), '--out', str(tmp_path / 'out')])
+    assert stop.value.code == code and capsys.readouterr().err == f'sid_lsg: {said}\n'
 
 
 def test_cuda_without_one_is_refused(teacher, monkeypatch, capsys):

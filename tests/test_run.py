@@ -369,17 +369,21 @@ def test_a_read_only_folder_is_named(whole, teacher, tmp_path, monkeypatch, caps
         shutil.rmtree(folder)
 
 
-def test_a_run_of_nothing_but_nan_stops_with_its_last_good_state(teacher, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize('samples', [8, 1])
+def test_a_run_of_nothing_but_nan_stops_with_its_last_good_state(samples, teacher, tmp_path, monkeypatch, capsys):
+    """One such sample in each batch suffices: it makes all gradients NaN, which update() makes 0."""
     generate, calls = sid_lsg.generate, []
 
     def broken(*arguments):
         calls.append(1)
-        return generate(*arguments) * (torch.nan if len(calls) > 40 else 1)     # 16 pictures first, then 2 an iteration
+        x_g = generate(*arguments)
+        bad = torch.arange(len(x_g)) < samples * (len(calls) > 40)     # 16 pictures first, then 2 an iteration
+        return torch.where(bad[:, None, None, None], torch.nan, x_g)
     monkeypatch.setattr(sid_lsg, 'generate', broken)
     refused(capsys, 'NaN', folder=tmp_path / 'run', teacher=teacher, **{**LENGTH, 'kimg': 0.4})
     states = sorted(os.listdir(tmp_path / 'run' / 'state'))
     logged = rows(tmp_path / 'run')
-    assert len([row for row in logged if row['nan_samples'] == 8]) == 10
+    assert len([row for row in logged if row['nan_samples'] == samples]) == 10
     assert all(torch.isfinite(w).all() for w in state(tmp_path / 'run', int(states[-1])).values())
 
 
