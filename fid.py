@@ -712,18 +712,21 @@ def main(arguments=None):
               'expected --batch of 1 or more, --num and --workers of 0 or more')
         usable_device(args.device)
         result = run_clip(args) if args.clip else run_fid(args)
+        print(', '.join(f'{key} {value}' for key, value in result.items()), file=sys.stderr)
+        number = next(iter(result.values()))
+        if args.json or number is not None:
+            print(json.dumps(result) if args.json else f'{number:.6f}', flush=True)
     except (ValueError, OSError) as error:
         print(f'fid: {error}', file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print('fid: interrupted', file=sys.stderr)
+        sys.exit(130)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
         print(f'fid: the device is out of memory; try --batch {max(args.batch // 2, 1)}', file=sys.stderr)
         sys.exit(2)
-    print(', '.join(f'{key} {value}' for key, value in result.items()), file=sys.stderr)
-    number = next(iter(result.values()))
-    if args.json or number is not None:
-        print(json.dumps(result) if args.json else f'{number:.6f}')
 
 
 if __name__ == '__main__':

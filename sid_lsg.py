@@ -486,8 +486,8 @@ class Log:
             self.failing = self.failing + 1 if lost else 0
             if self.failing == 10:
                 raise FloatingPointError(
-                    'all samples or nearly all gradients of a net were NaN for 10 iterations, so it learns no '
-                    'more; begin a new run with a smaller --lr and --fake-lr, and not in fp16')
+                    'all samples or nearly all gradients of a net were NaN for 10 iterations, so it learns '
+                    'no more; begin a new run with a smaller --lr and --fake-lr, and not in fp16')
         pace = (self.printed - self.began) / (seen - self.images)
         mean = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
         trouble = sum(row['nan_samples'] + row['bad_grads'] for row in rows)

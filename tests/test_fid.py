@@ -543,18 +543,22 @@ def test_broken_pictures_are_left_out_on_request(mess, stand_in, capsys, monkeyp
 
 
 def test_failures_amid_the_work(sets, stand_in, tmp_path, monkeypatch, capsys):
-    """A full disk leaves nothing half-written, and out of memory is answered with what to do."""
+    """A full disk leaves nothing half-written, out of memory is answered with what to do, Ctrl-C with no traceback."""
     def full(file, **arrays):
         file.write(b'half')
         raise OSError(28, 'No space left on device')
 
     def short(self, x):
         raise torch.OutOfMemoryError('CUDA out of memory')
-    for module, name, broken, fact in ((np, 'savez', full, 'new.npz (OSError'), (StandIn, 'forward', short, '--batch 4')):
+
+    def pressed(self, x):
+        raise KeyboardInterrupt
+    for module, name, broken, code, fact in ((np, 'savez', full, 2, 'new.npz (OSError'), (StandIn, 'forward', short, 2, '--batch 4'),
+                                             (StandIn, 'forward', pressed, 130, 'fid: interrupted')):
         monkeypatch.setattr(module, name, broken)
         with pytest.raises(SystemExit) as stop:
             fid.main([str(sets / 'real'), '--save-stats', str(tmp_path / 'new.npz'), '--batch', '8'])
-        assert stop.value.code == 2 and fact in capsys.readouterr().err and not [*tmp_path.iterdir()]
+        assert stop.value.code == code and fact in capsys.readouterr().err and not [*tmp_path.iterdir()]
 
 
 def test_broken_weights_are_noticed_in_the_features(sets, monkeypatch, capsys):
