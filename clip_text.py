@@ -164,13 +164,13 @@ def load_tokenizer(path):
             raise FileNotFoundError(f'expected a CLIP tokenizer at {folder}, found no {name} there; '
                                     'give the folder that holds tokenizer/ or that folder itself')
     vocab = unet.read_json(folder / 'vocab.json')
+    lines = (folder / 'merges.txt').read_text(encoding='utf-8', errors='replace').split('\n')
+    merges = [tuple(line.split()) for line in lines if line and not line.startswith('#version')]
     try:
-        lines = (folder / 'merges.txt').read_text(encoding='utf-8').split('\n')
-        merges = [tuple(line.split()) for line in lines if line and not line.startswith('#version')]
         return Tokenizer(vocab, merges)
     except Exception as error:          # tokenizers raises nothing more special
         raise ValueError(f'vocab.json and merges.txt in {folder} are not a CLIP tokenizer '
-                         f'({type(error).__name__}: {error}); download both again') from None
+                         f'({" ".join(str(error).split())[:200]}); download both again') from None
 
 
 def save_tokenizer(tokenizer, folder):

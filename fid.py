@@ -11,7 +11,7 @@ that it depends on to stderr.
 """
 
 import argparse
-import glob
+import contextlib
 import hashlib
 import json
 import os
@@ -396,8 +396,15 @@ def find_pictures(folder):
     """The pictures in and below a folder, each once, in natural order: 2.png before 10.png.
 
     Without hidden ones, as in clean-fid, and grid.png, the overview that sid_lsg.py sample makes."""
-    # glob follows links to folders, of which sets are put together; Path.rglob does not
-    paths = (Path(folder, name) for name in glob.glob('**/*', root_dir=folder, recursive=True))
+    paths, seen = [], set()
+    for here, below, names in os.walk(folder, followlinks=True):    # sets may be put together of links
+        real = os.path.realpath(here)
+        if real in seen:                # a link back, which would be followed without end
+            below.clear()
+            continue
+        seen.add(real)
+        below[:] = sorted(name for name in below if name[0] != '.')
+        paths += (Path(here, name) for name in names if name[0] != '.')
     found = {path.resolve(): path for path in sorted(paths, reverse=True)
              if path.suffix.lower() in SUFFIXES and path.name != 'grid.png' and path.is_file()}
     check(found, f'no pictures found in or below {folder} (looked for {" ".join(SUFFIXES)})')
@@ -650,8 +657,11 @@ def run_fid(args):
         folder = Path(target).absolute().parent
         check(target.lower().endswith('.npz') and os.access(folder, os.W_OK),
               f'expected an .npz for --save-stats in a folder that can be written, got {target}')
-        check(not Path(target).exists() or load_stats(target),
-              f'{target} holds pictures, which --save-stats would replace; give it another name')
+        known = not Path(target).exists()
+        with contextlib.suppress(ValueError):
+            known = known or load_stats(target)
+        check(known, f'--save-stats would replace {target}, which is there already and holds no whole '
+                     'statistics; remove it, or give another name')
     for path in args.sets:
         check(Path(path).exists(), f'expected pictures or statistics at {path}, found nothing')
     sets = [load_stats(path) if path.lower().endswith('.npz') else None for path in args.sets]
@@ -725,7 +735,9 @@ def main(arguments=None):
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        print(f'fid: the device is out of memory; try --batch {max(args.batch // 2, 1)}', file=sys.stderr)
+        print('fid: the device is out of memory; '
+              + (f'try --batch {args.batch // 2}' if args.batch > 1 else 'use another --device, or free it'),
+              file=sys.stderr)
         sys.exit(2)
 
 

@@ -118,9 +118,9 @@ class TrainConfig:
 
     out: str = option('', 'run folder to make (default: the next free runs/NNN)', group='the run folder',
                       metavar='FOLDER')
-    resume: str = option('', 'run folder to go on with, by its own settings; only length, intervals, FID, '
-                         'device, --micro-batch, --checkpoint, --ema-device and --compile may be '
-                         'given anew, and are kept', metavar='FOLDER')
+    resume: str = option('', 'run folder to go on with, by its own settings; only where teacher and prompts '
+                         'lie, length, intervals, FID, device, --micro-batch, --checkpoint, '
+                         '--ema-device and --compile may be given anew, and are kept', metavar='FOLDER')
     grid_kimg: float = option(100.0, 'thousand images between picture grids, '
                               'with each of which the generator is saved')
     log_seconds: float = option(5.0, 'seconds between status lines')
@@ -377,7 +377,8 @@ def update(optimizer, clip=math.inf):
     """One optimizer step from the gradients of all processes. Clears them.
 
     As in the official loop, NaN becomes 0 and infinity 1e5; `clip` bounds every element, at 1 in fp16.
-    Returns the gradients' norm, leaving out tensors with such numbers, and how many tensors these are."""
+    Returns the gradients' norm, leaving out tensors with such numbers, how many tensors these are, and
+    whether more than nine in ten have NaN, so that next to nothing is learnt."""
     gradients = [p.grad for p in optimizer.parameters]
     if dist.is_initialized():
         sum_over_processes(gradients)
@@ -390,7 +391,7 @@ def update(optimizer, clip=math.inf):
     optimizer.step()
     for p in optimizer.parameters:
         p.grad = None
-    return norms.masked_fill(broken, 0).norm(), broken.sum()
+    return norms.masked_fill(broken, 0).norm(), broken.sum(), norms.isnan().float().mean() > 0.9
 
 
 def ema_beta(config, seen):
@@ -442,10 +443,10 @@ class Log:
     """A row of log.jsonl for each iteration and a status line every few seconds.
 
     Numbers stay on the device until a status line is due, so that no iteration waits for one. Of many
-    processes the first writes. `tensors`: how many a net has."""
+    processes the first writes."""
 
-    def __init__(self, config, out, writes, tensors):
-        self.config, self.writes, self.tensors = config, writes, tensors
+    def __init__(self, config, out, writes):
+        self.config, self.writes = config, writes
         self.file = out and out / 'log.jsonl'
         self.row, self.waiting, self.failing = {}, [], 0
         self.began = self.printed = time.time()
@@ -482,7 +483,7 @@ class Log:
                 file.write(json.dumps({name: value if math.isfinite(value) else None
                                        for name, value in row.items()}) + '\n')
         for row in rows:
-            lost = row['nan_samples'] >= self.config.batch or row['bad_grads'] > 0.9 * self.tensors
+            lost = row['nan_samples'] >= self.config.batch or row['lost_grads'] > 0
             self.failing = self.failing + 1 if lost else 0
             if self.failing == 10:
                 raise FloatingPointError(
@@ -523,11 +524,12 @@ class Run:
     def __init__(self, config):
         self.config = config
         (self.teacher, self.vae, self.encode, self.prompts, self.shape, self.scoring, self.out,
-         self.device) = open_run(config)
+         self.device, settings) = open_run(config)
         self.null = self.encode([''])
         many = dist.is_initialized()
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if many else (0, 1)
-        self.mark = hashlib.sha256(self.teacher.conv_in.weight.cpu().numpy().tobytes()).hexdigest()
+        self.marks = dict(teacher=fingerprint(self.teacher, self.vae, self.encode.net),
+                          prompts=hashlib.sha256('\n'.join(self.prompts).encode()).hexdigest())
         self.G, self.ema, self.fake = (copy.deepcopy(self.teacher) for _ in range(3))
         self.G.requires_grad_(True)             # teacher and ema stay frozen, fake half of each iteration
         self.ema.to(config.ema_device or self.device)
@@ -542,9 +544,10 @@ class Run:
         self.optimizers = dict(G=Adam(self.G.parameters(), config.lr, eps),
                                fake=Adam(self.fake.parameters(), config.fake_lr, eps))
         self.micro_batches = torch.arange(config.batch)[self.rank::self.world].split(config.micro_batch)
-        self.first, self.iterations = 0, math.ceil(round(config.kimg * 1000, 3) / config.batch)
-        self.log = Log(config, self.out, self.rank == 0, len(self.optimizers['G'].parameters))
+        self.first, self.iterations = 0, math.ceil(round(config.kimg * 1000, 6) / config.batch)
+        self.log = Log(config, self.out, self.rank == 0)
         self.interrupted = self.told = 0        # the number of a signal; and once it counts
+        self.first_signal = math.inf            # when it came
         with user_errors():
             if config.progress_samples and self.rank == 0:
                 began = time.time()
@@ -552,9 +555,10 @@ class Run:
                     self.teacher, z, context, self.null, config.kappa[2], 25))
                 print(f'{config.progress_samples} latents of the teacher in {clock(time.time() - began)}')
             if config.resume:
-                self.load_state()
+                self.load_state(settings)
             elif self.rank == 0:
                 self.save_pictures(0)
+        self.log.seconds = self.log.elapsed()
         self.log.began = self.log.printed = time.time()         # the pace is that of iterations
         self.handlers = {number: signal.signal(number, self.interrupt)
                          for number in (signal.SIGINT, signal.SIGTERM)}
@@ -567,13 +571,18 @@ class Run:
         """Step the optimizer of 'G' or 'fake'."""
         # No loss scaling in fp16: the losses are sums over pixels, not means.
         clip = 1.0 if name == 'G' and self.config.precision == 'fp16' else math.inf
-        norm, broken = update(self.optimizers[name], clip)
-        self.log.add(**{f'grad_{name}': norm, 'bad_grads': broken})
+        norm, broken, lost = update(self.optimizers[name], clip)
+        self.log.add(**{f'grad_{name}': norm, 'bad_grads': broken, 'lost_grads': lost})
 
     def interrupt(self, number, _):
-        """Stop after this iteration; a second signal stops at once."""
-        self.interrupted = number
-        signal.signal(number, self.handlers[number])
+        """Stop after this iteration; another signal, 3 seconds later or more, stops at once.
+
+        Sooner it is the same one: torchrun passes on what Ctrl-C or a scheduler sent to all processes."""
+        self.interrupted, now = number, time.monotonic()
+        self.first_signal = min(self.first_signal, now)
+        if now - self.first_signal > 3:
+            signal.signal(number, self.handlers[number])
+            signal.raise_signal(number)
 
     def heard(self):
         """The number of a signal that any process was sent so far, else 0: all stop if one is told to."""
@@ -702,8 +711,8 @@ class Run:
                           for i, square in enumerate(optimizer.squares)}
 
     def save_facts(self, folder, seen, owed):
-        facts = dict(images=seen, seconds=self.log.elapsed(), teacher=self.mark, owed=owed,
-                     log_bytes=self.log.file.stat().st_size)
+        facts = dict(images=seen, seconds=self.log.elapsed(), owed=owed,
+                     log_bytes=self.log.file.stat().st_size, **self.marks)
         write_text(folder / 'state.json', json.dumps(facts, indent=2) + '\n')
 
     def save_state(self, seen, owed):
@@ -719,7 +728,7 @@ class Run:
             unet.write_tensors({name: w.cpu() for name, w in self.tensors().items()},
                                new / 'tensors.safetensors')
             self.save_facts(new, seen, owed)
-            for file in (*new.iterdir(), new):
+            for file in (self.log.file, *new.iterdir(), new):
                 handle = os.open(file, os.O_RDONLY)
                 os.fsync(handle)
                 os.close(handle)
@@ -732,20 +741,24 @@ class Run:
         for old in sorted(states.glob('[0-9]*'))[:-2]:
             remove(old)
 
-    def load_state(self):
+    def load_state(self, settings):
         """Go on from the newest state: weights, optimisers, counters, log, and what is still owed."""
         states = sorted((self.out / 'state').glob('[0-9]*'))
         check(states, f'expected a training state in {self.out}/state, found none; start the run anew')
         try:
             facts = unet.read_json(states[-1] / 'state.json')
             tensors, own = unet.read_tensors(states[-1] / 'tensors.safetensors'), self.tensors()
-            check(facts['teacher'] == self.mark, 'it is of another teacher')
             check([(name, w.shape) for name, w in sorted(tensors.items())]
                   == [(name, w.shape) for name, w in sorted(own.items())],
                   'its tensors are not those of this teacher')
-        except (ValueError, OSError, KeyError, TypeError) as error:
+            for name, kind in dict(images=int, log_bytes=int, seconds=float, owed=list).items():
+                check(type(facts.get(name)) is kind and facts[name] >= kind(), f'its state.json lacks {name}')
+        except (ValueError, OSError) as error:
             raise ValueError(f'the training state {states[-1]} cannot be resumed: {error}; remove that '
                              'folder to go on from the one before, if there is one') from None
+        for name, mark in self.marks.items():
+            check(facts.get(name) == mark, f'expected the {name} that {self.out} was begun with, found other '
+                                           f'contents; give the old as --{name}, or start a new run')
         for name, w in own.items():
             w.copy_(tensors[name])
         self.first = facts['images'] // self.config.batch
@@ -754,13 +767,18 @@ class Run:
                 step.fill_(self.first)
         self.log.images, self.log.seconds = facts['images'], facts['seconds']
         if self.rank == 0:                      # rows after the state will be written again
-            os.truncate(self.log.file, min(facts['log_bytes'], self.log.file.stat().st_size))
+            self.log.file.touch()
+            kept = self.log.file.read_bytes()[:facts['log_bytes']]
+            os.truncate(self.log.file, kept.rfind(b'\n') + 1)
+            write_text(self.out / 'config.json', settings)      # with what was given anew
             print(f'Resuming {self.out} at {facts["images"]} images', flush=True)
-        if owed := facts.get('owed'):
+        owed, drawn_at = facts['owed'], generator_in(self.out / 'generator')[1].get('images')
+        if self.first >= self.iterations and drawn_at != facts['images'] and 'pictures' not in owed:
+            owed.insert(0, 'pictures')          # it ends here, since a shorter --kimg was given, say
+        if owed:
             self.measure(facts['images'], owed)
             if self.rank == 0:
                 self.save_facts(states[-1], facts['images'], owed)
-            self.log.seconds = self.log.elapsed()
 
     def close(self):
         """The last word, and the exit code of an interruption."""
@@ -779,6 +797,12 @@ class Run:
             sys.exit(128 + self.told)
 
 
+def fingerprint(*nets):
+    """SHA-256 of a column of every tensor of fp32 nets: enough to know them by, and soon computed."""
+    columns = [w[(slice(None), *[0] * (w.ndim - 1))] for net in nets for w in net.state_dict().values()]
+    return hashlib.sha256(torch.cat(columns).cpu().numpy().tobytes()).hexdigest()
+
+
 def recompute_in_backward(net):
     """Let the big blocks of a net keep only their inputs, and run again in the backward pass."""
     for module in net.modules():
@@ -788,7 +812,8 @@ def recompute_in_backward(net):
 
 def draw_curves(log_file, path):
     """All numbers of a log.jsonl over the images seen, one small panel each, as PNG."""
-    rows = [json.loads(line) for line in Path(log_file).read_text(encoding='utf-8').splitlines()]
+    lines = Path(log_file).read_text(encoding='utf-8', errors='replace').splitlines()
+    rows = [json.loads(line) for line in lines if line[:1] == '{' and line[-1:] == '}']     # others are torn
     names = [name for name in dict.fromkeys(name for row in rows for name in row)
              if name != 'images' and 'seconds' not in name]
     wide, high = 320, 120
@@ -956,7 +981,7 @@ def make_grid(images, labels, columns):
 def convert(config):
     """Any checkpoint or generator, to a folder in diffusers layout or to one original-style file."""
     with user_errors():
-        source, target = Path(config.source), Path(config.target)
+        source, target = unet.locate(config.source), Path(config.target)
         check(config.overwrite or not target.exists(),
               f'{target} exists already, nothing was overwritten; give another name, or --overwrite')
         single = target.suffix == '.safetensors'
@@ -1310,7 +1335,10 @@ def open_run(config):
         check_kinds(config)
         config.kappa = tuple(np.atleast_1d(config.kappa).tolist())
         config.kappa *= 3 if len(config.kappa) == 1 else 1
+        for name in PATHS:              # to be found from elsewhere, too
+            setattr(config, name, full_path(getattr(config, name)))
         settings = {name: value for name, value in asdict(config).items() if name != 'resume'}
+        settings = json.dumps(settings, indent=2) + '\n'
         world = int(os.environ.get('WORLD_SIZE', 1))        # torchrun sets it
         config.micro_batch = config.micro_batch or max(config.batch // world, 1)
         check_numbers(config, world)
@@ -1332,13 +1360,14 @@ def open_run(config):
         scoring = open_scoring(config, prompts, device) if config.fid_stats else None
         out = Path(config.resume) if config.resume else None
         if first:
-            out = out or new_folder(config.out, 'runs', 'config.json')
-            write_text(out / 'config.json', json.dumps(settings, indent=2) + '\n')
+            if not out:
+                out = new_folder(config.out, 'runs', 'config.json')
+                write_text(out / 'config.json', settings)
     if first:
         print(f'Distilling {config.teacher} ({sum(p.numel() for p in teacher.parameters()) / 1e6:.1f} '
               f'M weights) into {out} on {device} in {config.precision}: kappa {config.kappa}, '
               f'{len(prompts)} prompts, {config.kimg:g} thousand images', flush=True)
-    return teacher, vae, encode, prompts, shape, scoring, out, device
+    return teacher, vae, encode, prompts, shape, scoring, out, device, settings
 
 
 def parse_seeds(text):
@@ -1464,9 +1493,11 @@ def drawn(path, **facts):
 # ---------------------------------------------------------------------------------------------------
 # The command line
 
-# What may change when a run goes on: its length, what is shown and saved when, and what holds it.
-FREE = ('resume', 'kimg', 'grid_kimg', 'log_seconds', 'save_every', 'micro_batch', 'device', 'checkpoint',
-        'compile', 'ema_device', 'fid_stats', 'fid_every', 'fid_num', 'fid_prompts', 'fid_weights')
+# What may change when a run goes on: where things lie, its length, what is shown and saved when, and what
+# holds it.
+PATHS = ('teacher', 'tokenizer', 'prompts', 'fid_stats', 'fid_prompts', 'fid_weights')
+FREE = (*PATHS, 'resume', 'kimg', 'grid_kimg', 'log_seconds', 'save_every', 'micro_batch', 'device',
+        'checkpoint', 'compile', 'ema_device', 'fid_every', 'fid_num')
 
 
 def make_config(kind, given):

@@ -419,7 +419,7 @@ def read_json(file):
     try:
         content = json.loads(Path(file).read_text(encoding='utf-8-sig'))
     except ValueError as error:
-        raise ValueError(f'{file} is not JSON ({error}); download it again') from None
+        raise ValueError(f'{file} is not JSON ({error}); put back a whole one') from None
     if not isinstance(content, dict):
         raise ValueError(f'{file} holds a {type(content).__name__}; expected settings by name')
     return content

@@ -86,7 +86,7 @@ def test_train_leaves_a_whole_run_folder(run, teacher):
     rows = [json.loads(line) for line in (out / 'log.jsonl').read_text().splitlines()]
     assert [row['images'] for row in rows] == [8, 16, 24]
     assert set(rows[0]) == {'images', 'seconds', 'loss_fake', 'grad_fake', 'loss_G', 'xg_xphi', 'xphi_xpsi', 'grad_G',
-                            'nan_samples', 'bad_grads'}
+                            'nan_samples', 'bad_grads', 'lost_grads'}
     assert all(np.isfinite(value) for row in rows for value in row.values())
     assert 0 < rows[0]['seconds'] < rows[2]['seconds'] < 3600           # since the start, not since 1970
     settings = json.loads((out / 'config.json').read_text())

@@ -341,6 +341,8 @@ def sets(tmp_path_factory):
             image.save(folder / name / f'{below}{i}.{suffix}')
         (folder / name / 'again.png').symlink_to(folder / name / '0.png')
         (folder / name / 'notes.txt').write_text('no picture')
+        (folder / name / 'loop').symlink_to(folder / name)          # two would have been followed 2^40 ways
+        (folder / name / 'below' / 'loop').symlink_to(folder / name)
         for copy in ('.hidden/1.png', '._2.png'):       # by Jupyter and macOS
             image.save(folder / name / copy)
     np.save(folder / 'real.npy', np.stack([picture(i, 40, 50) for i in range(12)]))
@@ -500,7 +502,7 @@ REFUSALS = {
     'statistics of statistics': (['clean.npz', '--save-stats', 'new.npz'], 'as pictures'),
     'nowhere to save': (['real', '--save-stats', 'no/new.npz'], 'no/new.npz'),
     'a name that no set can have': (['real', '--save-stats', 'coco'], 'got coco'),
-    'statistics over pictures': (['real', '--save-stats', 'pictures.npz'], 'pictures.npz holds pictures'),
+    'statistics over pictures': (['real', '--save-stats', 'pictures.npz'], 'replace pictures.npz'),
     'device': (['real', 'fake', '--device', 'abacus'], 'abacus'),
     'device without memory': (['real', 'fake', '--device', 'meta'], '--device meta'),
     'batch': (['real', 'fake', '--batch', '0'], '--batch'),

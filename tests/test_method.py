@@ -244,19 +244,19 @@ def test_update_mends_gradients_clips_and_reports_their_norm():
     p = torch.nn.Parameter(torch.zeros(4))
     optimizer = PlainDescent(p)
     p.grad = torch.tensor([math.nan, math.inf, 3.0, -4.0])
-    norm, broken = sid_lsg.update(optimizer)
-    assert norm == 0 and broken == 1            # of one tensor, which had what no norm can be had of
+    norm, broken, lost = sid_lsg.update(optimizer)
+    assert norm == 0 and broken == 1 and lost             # of one tensor, which had what no norm can be had of
     q = torch.nn.Parameter(torch.zeros(2))
     p.grad, q.grad = torch.tensor([math.nan, 0.0, 0.0, 0.0]), torch.tensor([3.0, 4.0])
-    norm, broken = sid_lsg.update(PlainDescent(p, q))
-    assert norm.item() == pytest.approx(5.0) and broken == 1 and q.tolist() == [-3.0, -4.0]
+    norm, broken, lost = sid_lsg.update(PlainDescent(p, q))
+    assert norm.item() == pytest.approx(5.0) and broken == 1 and not lost and q.tolist() == [-3.0, -4.0]
     assert p.tolist() == [0.0, -1e5, -3.0, 4.0] and p.grad is None
     p.grad = torch.tensor([0.0, 0.0, 3.0, -4.0])
-    norm, broken = sid_lsg.update(optimizer, clip=1.0)
+    norm, broken, _ = sid_lsg.update(optimizer, clip=1.0)
     assert norm.item() == pytest.approx(5.0) and broken == 0
     assert p.tolist() == [0.0, -1e5, -4.0, 5.0]
     p.grad = torch.tensor([-math.inf, 0.0, 0.0, 0.0])
-    sid_lsg.update(optimizer)
+    assert not sid_lsg.update(optimizer)[2]     # infinity becomes 1e5, which moves a weight
     assert p.tolist() == [1e5, -1e5, -4.0, 5.0]
 
 

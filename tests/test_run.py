@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,16 +16,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import clip_text
 import fid
 import sid_lsg
 import unet
+import vae
 from conftest import ROOT
 
 # 12 iterations of 8, pictures after 5 and 10 (and 12), a state after every third.
 LENGTH = dict(kimg=0.096, grid_kimg=0.04, save_every=0.024, log_seconds=0)
 
 
-def train(folder, teacher=None, **given):
+def train(folder, teacher=None, moved=None, **given):
+    """A new run, or without a teacher (or with one that has moved) one to go on with."""
+    given |= dict(teacher=str(moved)) if moved else {}
     given = dict(resume=str(folder)) | given if teacher is None else dict(teacher=str(teacher), out=str(folder)) | given
     sid_lsg.train(sid_lsg.make_config(sid_lsg.TrainConfig, given))
 
@@ -56,7 +61,7 @@ def interrupt_at(iteration, monkeypatch, number=signal.SIGTERM):
     calls, update_average = [], sid_lsg.update_average
 
     def update(*arguments):
-        if len(calls) == iteration:
+        for _ in range(2 * (len(calls) == iteration)):          # Slurm's own, and the one that torchrun passes on
             os.kill(os.getpid(), number)
         calls.append(1)
         update_average(*arguments)
@@ -82,6 +87,20 @@ def test_an_interrupted_run_resumes_to_the_bit(iteration, number, whole, teacher
     assert sorted(os.listdir(folder)) == sorted(os.listdir(whole))
     assert same(load_file(folder / 'generator' / 'unet' / 'diffusion_pytorch_model.safetensors'),
                 load_file(whole / 'generator' / 'unet' / 'diffusion_pytorch_model.safetensors'))
+
+
+def test_a_signal_some_seconds_after_the_first_stops_at_once(teacher, tmp_path, monkeypatch):
+    now = time.monotonic
+
+    def slow(run, seen):
+        if seen == 40:
+            os.kill(os.getpid(), signal.SIGINT)
+            monkeypatch.setattr(time, 'monotonic', lambda: now() + 4)
+            os.kill(os.getpid(), signal.SIGINT)
+    monkeypatch.setattr(sid_lsg.Run, 'save_pictures', slow)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / 'run', teacher, **LENGTH)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def test_a_signal_amid_pictures_loses_nothing(whole, teacher, tmp_path, monkeypatch):
@@ -288,19 +307,59 @@ def test_states_that_cannot_be_resumed(whole, teacher, tmp_path, capsys):
     assert same(state(folder), state(whole)) and rows(folder) == rows(whole)
     save_file({'G.conv_in.weight': torch.zeros(1)}, weights)
     refused(capsys, '000000096', 'not those of this teacher', folder=folder)
+    facts = folder / 'state' / '000000096' / 'state.json'
+    shutil.copy(whole / 'state' / '000000096' / 'tensors.safetensors', weights)
+    for seconds in (None, 'a', -1.0):
+        facts.write_text(json.dumps({**json.loads(facts.read_text()), 'seconds': seconds}))
+        refused(capsys, '000000096', 'lacks seconds', folder=folder)
     subprocess.run(['rm', '-r', folder / 'state'], check=True)
     refused(capsys, 'state', 'found none', folder=folder)
 
 
-def test_a_state_of_another_teacher_is_refused(whole, teacher, tmp_path, capsys):
+@pytest.mark.parametrize('part', ['unet', 'vae', 'text_encoder'])
+def test_a_run_goes_on_with_its_teacher_alone(part, whole, teacher, tmp_path, capsys):
+    """Moved, it is found by --teacher; one that differs in a layer deep inside, as with a LoRA merged into it, is refused."""
     folder, other = copy_of(whole, tmp_path / 'run'), copy_of(teacher, tmp_path / 'other')
-    net = unet.load(other)
+    (other / 'prompts.txt').rename(tmp_path / 'moved.txt')
+    given = dict(folder=folder, moved=other, prompts=str(tmp_path / 'moved.txt'))
+    settings = (folder / 'config.json').read_text()
+    (tmp_path / 'moved.txt').write_text((teacher / 'prompts.txt').read_text() + 'a blue ring\n')
+    refused(capsys, 'expected the prompts', '--prompts', **given)
+    shutil.copy(teacher / 'prompts.txt', tmp_path / 'moved.txt')
+    module = dict(unet=unet, vae=vae, text_encoder=clip_text)[part]
+    net = module.load(other)
     with torch.no_grad():
-        net.conv_in.weight.add_(0.01)
-    unet.save(net, other / 'unet')
-    settings = json.loads((folder / 'config.json').read_text())
-    (folder / 'config.json').write_text(json.dumps({**settings, 'teacher': str(other)}))
-    refused(capsys, 'another teacher', folder=folder)
+        next(w for name, w in net.named_parameters() if name.endswith(('to_v.weight', 'v_proj.weight'))).add_(0.01)
+    module.save(net, other / part)
+    refused(capsys, 'expected the teacher', '--teacher', **given)
+    assert (folder / 'config.json').read_text() == settings     # nothing is kept of what was refused
+    shutil.rmtree(other / part)
+    shutil.copytree(teacher / part, other / part)
+    train(kimg=0.104, **given)
+    train(folder, kimg=0.112)
+    assert rows(folder)[-1]['images'] == 112
+
+
+def test_a_log_that_a_crash_tore_or_took_is_no_hindrance(whole, tmp_path):
+    folder = copy_of(whole, tmp_path / 'run')
+    for i, length in enumerate((1000, 0)):      # in the middle of a row
+        os.truncate(folder / 'log.jsonl', length)
+        (folder / 'log.jsonl').unlink() if not length else None
+        train(folder, kimg=0.104 + 0.008 * i)
+    with open(folder / 'log.jsonl', 'r+b') as file:
+        file.write(bytes(50))                   # what a file system that lost a block shows
+    train(folder, kimg=0.12)
+    assert (folder / 'grid_000000120.png').exists()
+
+
+def test_a_run_cut_short_has_its_generator(teacher, tmp_path, monkeypatch):
+    """Going on with less than is done already ends the run, with pictures and a generator."""
+    interrupt_at(4, monkeypatch)
+    with pytest.raises(SystemExit):
+        train(tmp_path / 'run', teacher, **{**LENGTH, 'grid_kimg': 10.0})
+    monkeypatch.undo()
+    train(tmp_path / 'run', kimg=0.02)
+    assert json.loads((tmp_path / 'run' / 'generator' / 'generator.json').read_text())['images'] == 40
 
 
 @pytest.mark.parametrize('change', [dict(lr=0.5), dict(batch=16), dict(kappa=(2.0,)), dict(seed=2), dict(size=64)])
