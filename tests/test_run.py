@@ -498,6 +498,8 @@ def test_a_run_can_score_itself_by_fid(teacher, tmp_path, monkeypatch):
     train(tmp_path / 'run', teacher, **LENGTH, **settings, progress_samples=20)
     found = {row['images']: row['fid'] for row in rows(tmp_path / 'run') if 'fid' in row}
     assert sorted(found) == [64, 96]
+    seconds = [json.loads(line)['seconds'] for line in (tmp_path / 'run' / 'log.jsonl').read_text().splitlines()]
+    assert seconds == sorted(seconds)           # from the first note, of before the first iteration, on
     progress = {row['images']: row['progress_fd'] for row in rows(tmp_path / 'run') if 'progress_fd' in row}
     assert sorted(progress) == [0, 40, 80, 96] and progress[0] != progress[96]
 
