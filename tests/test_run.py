@@ -95,8 +95,11 @@ def test_a_signal_some_seconds_after_the_first_stops_at_once(teacher, tmp_path, 
     def slow(run, seen):
         if seen == 40:
             os.kill(os.getpid(), signal.SIGINT)
+            while not run.interrupted:          # another thread may have received it
+                time.sleep(0.01)
             monkeypatch.setattr(time, 'monotonic', lambda: now() + 4)
             os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)                       # cut short
     monkeypatch.setattr(sid_lsg.Run, 'save_pictures', slow)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / 'run', teacher, **LENGTH)
