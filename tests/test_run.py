@@ -90,7 +90,8 @@ def test_an_interrupted_run_resumes_to_the_bit(iteration, number, whole, teacher
 
 
 def test_a_signal_some_seconds_after_the_first_stops_at_once(teacher, tmp_path, monkeypatch):
-    now = time.monotonic
+    now, before = time.monotonic, [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # in a shell's background it is ignored
 
     def slow(run, seen):
         if seen == 40:
@@ -103,7 +104,8 @@ def test_a_signal_some_seconds_after_the_first_stops_at_once(teacher, tmp_path, 
     monkeypatch.setattr(sid_lsg.Run, 'save_pictures', slow)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / 'run', teacher, **LENGTH)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), before):
+        signal.signal(number, handler)
 
 
 def test_a_signal_amid_pictures_loses_nothing(whole, teacher, tmp_path, monkeypatch):
