@@ -347,14 +347,13 @@ def test_a_run_goes_on_with_its_teacher_alone(part, whole, teacher, tmp_path, ca
 
 def test_a_log_that_a_crash_tore_or_took_is_no_hindrance(whole, tmp_path):
     folder = copy_of(whole, tmp_path / 'run')
-    for i, length in enumerate((1000, 0)):      # in the middle of a row
-        os.truncate(folder / 'log.jsonl', length)
-        (folder / 'log.jsonl').unlink() if not length else None
-        train(folder, kimg=0.104 + 0.008 * i)
-    with open(folder / 'log.jsonl', 'r+b') as file:
-        file.write(bytes(50))                   # what a file system that lost a block shows
-    train(folder, kimg=0.12)
-    assert (folder / 'grid_000000120.png').exists()
+    log = folder / 'log.jsonl'
+    for seen, damage in ((104, lambda: os.truncate(log, 1000)),         # in the middle of a row
+                         (112, log.unlink),
+                         (120, lambda: log.write_bytes(bytes(50) + log.read_bytes()[50:]))):    # a lost block reads as zeros
+        damage()
+        train(folder, kimg=seen / 1000)
+        assert (folder / f'grid_{seen:09d}.png').exists()
 
 
 def test_a_run_cut_short_has_its_generator(teacher, tmp_path, monkeypatch):
