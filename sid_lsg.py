@@ -1567,17 +1567,16 @@ def main(arguments=None):
         sys.exit(130)
     except (RuntimeError, MemoryError) as error:
         if fid.out_of_memory(error):
-            print(f'sid_lsg: the device is out of memory; {less_memory(config)}', file=sys.stderr)
-            sys.exit(2)
-        if isinstance(error, dist.DistError) or 'gloo' in str(error):
-            print('sid_lsg: another process of this run has ended, so this one does; unless that one said '
-                  'why, start all again with --resume, from the last state '
-                  f'({str(error).splitlines()[0]})', file=sys.stderr)
-            sys.exit(2)
-        if not type(error).__module__.startswith(('torch._dynamo', 'torch._inductor')):
+            said = f'the device is out of memory; {less_memory(config)}'
+        elif isinstance(error, dist.DistError) or 'gloo' in str(error):
+            said = ('another process of this run has ended, so this one does; unless that one said why, '
+                    f'start all again with --resume, from the last state ({str(error).splitlines()[0]})')
+        elif type(error).__module__.startswith(('torch._dynamo', 'torch._inductor')):
+            said = (f'torch.compile failed ({str(error).splitlines()[0]}); it needs a C++ compiler, '
+                    'and Triton on a GPU: give --no-compile to go on without')
+        else:
             raise
-        print(f'sid_lsg: torch.compile failed ({str(error).splitlines()[0]}); it needs a C++ compiler, '
-              'and Triton on a GPU: give --no-compile to go on without', file=sys.stderr)
+        print(f'sid_lsg: {said}', file=sys.stderr)
         sys.exit(2)
 
 
