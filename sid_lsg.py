@@ -656,7 +656,7 @@ class Run:
             unet.save(self.ema, self.out / 'generator' / 'unet')
             facts = dict(teacher=full_path(config.teacher), tokenizer=full_path(config.tokenizer),
                          t_init=config.t_init, size=self.shape[1] * self.vae.factor, images=seen)
-            write_text(self.out / 'generator' / 'generator.json', json.dumps(facts, indent=2) + '\n')
+            write_json(self.out / 'generator' / 'generator.json', facts)
 
     @torch.no_grad()
     def score(self, seen):
@@ -711,9 +711,8 @@ class Run:
                           for i, square in enumerate(optimizer.squares)}
 
     def save_facts(self, folder, seen, owed):
-        facts = dict(images=seen, seconds=self.log.elapsed(), owed=owed,
-                     log_bytes=self.log.file.stat().st_size, **self.marks)
-        write_text(folder / 'state.json', json.dumps(facts, indent=2) + '\n')
+        write_json(folder / 'state.json', dict(images=seen, seconds=self.log.elapsed(), owed=owed,
+                                               log_bytes=self.log.file.stat().st_size, **self.marks))
 
     def save_state(self, seen, owed):
         """state/IMAGES with tensors.safetensors and state.json, whole or not at all; keeps the last two.
@@ -770,7 +769,7 @@ class Run:
             self.log.file.touch()
             kept = self.log.file.read_bytes()[:facts['log_bytes']]
             os.truncate(self.log.file, kept.rfind(b'\n') + 1)
-            write_text(self.out / 'config.json', settings)      # with what was given anew
+            write_json(self.out / 'config.json', settings)      # with what was given anew
             print(f'Resuming {self.out} at {facts["images"]} images', flush=True)
         owed, drawn_at = facts['owed'], generator_in(self.out / 'generator')[1].get('images')
         if self.first >= self.iterations and drawn_at != facts['images'] and 'pictures' not in owed:
@@ -951,10 +950,10 @@ def full_path(name):
     return str(Path(name).resolve()) if name and Path(name).exists() else name
 
 
-def write_text(path, text):
+def write_json(path, content):
     """Whole or not at all, whatever goes out in the middle."""
     with open(f'{path}.tmp', 'w', encoding='utf-8') as file:
-        file.write(text)
+        file.write(json.dumps(content, indent=2) + '\n')
         file.flush()
         os.fsync(file.fileno())
     Path(f'{path}.tmp').replace(path)
@@ -1024,7 +1023,7 @@ def convert(config):
             else:
                 unet.save(net, new / 'unet', dtype)
             if student and not single:
-                write_text(new / 'generator.json', json.dumps(facts, indent=2) + '\n')
+                write_json(new / 'generator.json', facts)
             if target.is_dir():             # with --overwrite
                 check((target / 'unet').is_dir(), f'{target} is a folder that holds no checkpoint, '
                                                   'so it is not replaced; give another name')
@@ -1075,16 +1074,15 @@ def write_pipeline(folder, net, vae, text, tokenizer, dtype, scheduler):
     clip_text.save(text, folder / 'text_encoder', dtype)
     clip_text.save_tokenizer(tokenizer, folder / 'tokenizer')
     (folder / 'scheduler').mkdir(exist_ok=True)
-    write_text(folder / 'scheduler' / 'scheduler_config.json', json.dumps(
-        {'_class_name': f'{scheduler}Scheduler', 'beta_start': 0.00085, 'beta_end': 0.012,
-         'beta_schedule': 'scaled_linear', 'num_train_timesteps': 1000, 'clip_sample': False,
-         'set_alpha_to_one': False, 'steps_offset': 1, 'prediction_type': 'epsilon'}, indent=2) + '\n')
-    write_text(folder / 'model_index.json', json.dumps(
-        {'_class_name': 'StableDiffusionPipeline', 'unet': ['diffusers', 'UNet2DConditionModel'],
-         'vae': ['diffusers', 'AutoencoderKL'], 'text_encoder': ['transformers', 'CLIPTextModel'],
-         'tokenizer': ['transformers', 'CLIPTokenizer'],
-         'scheduler': ['diffusers', f'{scheduler}Scheduler'], 'safety_checker': [None, None],
-         'feature_extractor': [None, None], 'requires_safety_checker': False}, indent=2) + '\n')
+    write_json(folder / 'scheduler' / 'scheduler_config.json', {
+        '_class_name': f'{scheduler}Scheduler', 'beta_start': 0.00085, 'beta_end': 0.012,
+        'beta_schedule': 'scaled_linear', 'num_train_timesteps': 1000, 'clip_sample': False,
+        'set_alpha_to_one': False, 'steps_offset': 1, 'prediction_type': 'epsilon'})
+    write_json(folder / 'model_index.json', {
+        '_class_name': 'StableDiffusionPipeline', 'unet': ['diffusers', 'UNet2DConditionModel'],
+        'vae': ['diffusers', 'AutoencoderKL'], 'text_encoder': ['transformers', 'CLIPTextModel'],
+        'tokenizer': ['transformers', 'CLIPTokenizer'], 'scheduler': ['diffusers', f'{scheduler}Scheduler'],
+        'safety_checker': [None, None], 'feature_extractor': [None, None], 'requires_safety_checker': False})
 
 
 def is_official_pickle(file):
@@ -1338,7 +1336,6 @@ def open_run(config):
         for name in PATHS:              # to be found from elsewhere, too
             setattr(config, name, full_path(getattr(config, name)))
         settings = {name: value for name, value in asdict(config).items() if name != 'resume'}
-        settings = json.dumps(settings, indent=2) + '\n'
         world = int(os.environ.get('WORLD_SIZE', 1))        # torchrun sets it
         config.micro_batch = config.micro_batch or max(config.batch // world, 1)
         check_numbers(config, world)
@@ -1362,7 +1359,7 @@ def open_run(config):
         if first:
             if not out:
                 out = new_folder(config.out, 'runs', 'config.json')
-                write_text(out / 'config.json', settings)
+                write_json(out / 'config.json', settings)
     if first:
         print(f'Distilling {config.teacher} ({sum(p.numel() for p in teacher.parameters()) / 1e6:.1f} '
               f'M weights) into {out} on {device} in {config.precision}: kappa {config.kappa}, '

@@ -70,7 +70,7 @@ def once(file, make):
     if not file.is_file():
         numbers = make()
         file.parent.mkdir(parents=True, exist_ok=True)
-        sid_lsg.write_text(file, json.dumps(numbers, indent=2) + '\n')
+        sid_lsg.write_json(file, numbers)
     return json.loads(file.read_text())
 
 
