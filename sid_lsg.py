@@ -654,8 +654,8 @@ class Run:
         if seen:
             draw_curves(self.log.file, self.out / 'curves.png')
             unet.save(self.ema, self.out / 'generator' / 'unet')
-            facts = dict(teacher=full_path(config.teacher), tokenizer=full_path(config.tokenizer),
-                         t_init=config.t_init, size=self.shape[1] * self.vae.factor, images=seen)
+            facts = dict(teacher=config.teacher, tokenizer=config.tokenizer, t_init=config.t_init,
+                         size=self.shape[1] * self.vae.factor, images=seen)
             write_json(self.out / 'generator' / 'generator.json', facts)
 
     @torch.no_grad()
