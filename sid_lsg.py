@@ -1243,11 +1243,10 @@ def warn_of_cuts(prompts, tokenizer):
     long = [prompt for prompt in prompts if len(prompt) > clip_text.LENGTH - 2 or not prompt.isascii()]
     cut = [(prompt, lost) for prompt in long if (lost := tokenizer.lost(prompt))]
     for prompt, lost in cut[:3]:
-        print(f'warning: "{textwrap.shorten(prompt, 60)}" is longer than {clip_text.LENGTH} tokens, '
-              f'this is cut: "{textwrap.shorten(lost, 200)}"', file=sys.stderr)
+        fid.warn(f'"{textwrap.shorten(prompt, 60)}" is longer than {clip_text.LENGTH} tokens, '
+                 f'this is cut: "{textwrap.shorten(lost, 200)}"')
     if len(cut) > 3:
-        print(f'warning: {len(cut) - 3} more prompts are longer than {clip_text.LENGTH} tokens '
-              'and are cut', file=sys.stderr)
+        fid.warn(f'{len(cut) - 3} more prompts are longer than {clip_text.LENGTH} tokens and are cut')
 
 
 def new_folder(given, parent, pattern):
