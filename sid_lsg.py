@@ -406,11 +406,6 @@ def update_average(ema, G, beta):
         average.lerp_(parameter.to(average.device), 1 - beta)
 
 
-def crosses(every, seen, batch):
-    """Whether the last `batch` of the `seen` images crossed a multiple of `every`."""
-    return seen // every > (seen - batch) // every
-
-
 @functools.lru_cache(maxsize=2)
 def epoch_order(seed, epoch, count):
     return np.random.default_rng((seed, epoch)).permutation(count)
@@ -600,11 +595,15 @@ class Run:
         A signal amid pictures counts after the next iteration, so that a state is saved for it; a score it
         cuts off. What is due and not done is owed: the state says so, and resuming begins with it."""
         config, seen, self.told = self.config, (iteration + 1) * self.config.batch, self.heard()
-        last = iteration == self.iterations - 1
-        owed = ['pictures'] * (last or crosses(config.grid_kimg * 1000, seen, config.batch))
-        if config.fid_stats and (last or crosses(config.fid_every * 1000, seen, config.batch)):
+
+        def due(kimg):
+            """Whether this is the last iteration, or one that crossed a multiple of so many images."""
+            every, last = kimg * 1000, iteration == self.iterations - 1
+            return last or seen // every > (seen - config.batch) // every
+        owed = ['pictures'] * due(config.grid_kimg)
+        if config.fid_stats and due(config.fid_every):
             owed.append('score')
-        state = self.told or last or crosses(config.save_every * 1000, seen, config.batch)
+        state = self.told or due(config.save_every)
         with user_errors():
             self.log.end(seen, owed or state)
             try:
