@@ -499,17 +499,6 @@ class Log:
         with open(self.file, 'a', encoding='utf-8') as file:
             file.write(json.dumps(dict(images=seen, seconds=self.elapsed(), **values)) + '\n')
 
-    @contextlib.contextmanager
-    def kept_if_done(self):
-        """What is noted inside goes again if it fails, since all of it will be done again."""
-        size = self.file.stat().st_size if self.writes else 0
-        try:
-            yield
-        except BaseException:
-            if self.writes:
-                os.truncate(self.file, size)
-            raise
-
 
 class Run:
     """A run's nets, optimisers, data and folder; and all that train() does besides the method.
@@ -607,7 +596,8 @@ class Run:
         with user_errors():
             self.log.end(seen, owed or state)
             try:
-                self.measure(seen, owed)
+                if owed:
+                    self.measure(seen, owed)
             except Exception:
                 state = True                    # what was learnt since the last one is not lost with them
                 raise
@@ -620,17 +610,16 @@ class Run:
         """Draw and score what is owed after `seen` images; what is done leaves the list."""
         if 'pictures' in owed:
             if self.rank == 0:
-                with self.log.kept_if_done():
-                    self.save_pictures(seen)
+                self.save_pictures(seen)
             owed.remove('pictures')
         # Not when interrupted: ten thousand pictures are more than a machine about to vanish grants.
         if 'score' in owed and self.config.fid_stats and not self.told:
-            with self.log.kept_if_done():
-                done = self.score(seen)
-            if done:
+            if self.score(seen):
                 owed.remove('score')
             else:
                 self.told = self.heard()
+        if self.rank == 0:
+            draw_curves(self.log.file, self.out / 'curves.png')
 
     def one_step(self, z, fresh, context):
         return generate(self.ema, z, context, self.config.t_init)
@@ -646,16 +635,16 @@ class Run:
         if config.progress_samples:
             began = time.time()
             distance = fid.frechet_distance(*self.latent_moments(self.one_step), *self.progress)
-            self.log.note(seen, progress_fd=round(distance, 4),
-                          progress_seconds=round(time.time() - began, 2))
+            progress = dict(progress_fd=round(distance, 4), progress_seconds=round(time.time() - began, 2))
         self.ema.to(config.ema_device or self.device)
         save_png(make_grid(images, texts, 4), self.out / f'grid_{seen:09d}.png')
         if seen:
-            draw_curves(self.log.file, self.out / 'curves.png')
             unet.save(self.ema, self.out / 'generator' / 'unet')
             facts = dict(teacher=config.teacher, tokenizer=config.tokenizer, t_init=config.t_init,
                          size=self.shape[1] * self.vae.factor, images=seen)
             write_json(self.out / 'generator' / 'generator.json', facts)
+        if config.progress_samples:             # last, so that what fails and is done again is noted once
+            self.log.note(seen, **progress)
 
     @torch.no_grad()
     def score(self, seen):

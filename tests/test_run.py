@@ -128,19 +128,26 @@ def test_a_signal_amid_pictures_loses_nothing(whole, teacher, tmp_path, monkeypa
 @pytest.mark.parametrize('when', [40, 96])
 def test_a_full_disk_amid_pictures_loses_nothing(when, whole, teacher, tmp_path, monkeypatch, capsys):
     """No state is due at 40: one is written all the same. And the pictures are made up for, the last ones, too."""
+    folder, save_pictures = tmp_path / 'run', sid_lsg.Run.save_pictures
+
+    def full(*_):
+        raise OSError('no space left')
+
     def fails(run, seen):
-        if seen == when:
-            run.log.note(seen, progress_fd=1.0)
-            raise OSError('no space left')
-    folder = tmp_path / 'run'
+        with monkeypatch.context() as patch:
+            if seen == when:
+                patch.setattr(unet, 'save', full)
+            save_pictures(run, seen)
     monkeypatch.setattr(sid_lsg.Run, 'save_pictures', fails)
     with pytest.raises(SystemExit) as stop:
-        train(folder, teacher, **{**LENGTH, 'save_every': 1.0})
+        train(folder, teacher, **{**LENGTH, 'save_every': 1.0}, progress_samples=17)
     assert stop.value.code == 2 and 'no space left' in capsys.readouterr().err
     assert os.listdir(folder / 'state') == [f'{when:09d}']
     monkeypatch.undo()
     train(folder)
-    assert same(state(folder), state(whole)) and rows(folder) == rows(whole)
+    assert same(state(folder), state(whole))
+    assert [row for row in rows(folder) if 'progress_fd' not in row] == rows(whole)
+    assert [row['images'] for row in rows(folder) if 'progress_fd' in row] == [0, 40, 80, 96]   # each noted once
     assert (folder / f'grid_{when:09d}.png').exists()
     assert json.loads((folder / 'generator' / 'generator.json').read_text())['images'] == 96
     monkeypatch.setattr(sid_lsg.Run, 'save_pictures', fails)
