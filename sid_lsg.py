@@ -71,6 +71,7 @@ import vae as vae_module
 from fid import check, usable_device
 
 TINY_TEACHER = Path(__file__).resolve().parent / 'tests' / 'tiny_sd'
+RANK, WORLD = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))      # torchrun sets them
 
 # ---------------------------------------------------------------------------------------------------
 # Settings: each field is a command line option. For train, what is left out comes from sid_lsg.json in
@@ -440,9 +441,8 @@ class Log:
     Numbers stay on the device until a status line is due, so that no iteration waits for one. Of many
     processes the first writes."""
 
-    def __init__(self, config, out, writes):
-        self.config, self.writes = config, writes
-        self.file = out and out / 'log.jsonl'
+    def __init__(self, config, file):
+        self.config, self.file = config, file
         self.row, self.waiting, self.failing = {}, [], 0
         self.began = self.printed = time.time()
         self.images, self.seconds = 0, 0.0      # of the run before this process took it up
@@ -462,7 +462,7 @@ class Log:
             numbers = torch.stack([self.row[name].float() for name in parts])
             dist.all_reduce(numbers)
             self.row.update(zip(parts, numbers))
-        if self.writes:
+        if RANK == 0:
             self.waiting.append(dict(images=seen, seconds=self.elapsed(), **self.row))
             if now or time.time() - self.printed >= self.config.log_seconds:
                 self.write(seen)
@@ -510,8 +510,6 @@ class Run:
         (self.teacher, self.vae, self.encode, self.prompts, self.shape, self.scoring, self.out,
          self.device, settings) = open_run(config)
         self.null = self.encode([''])
-        many = dist.is_initialized()
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if many else (0, 1)
         self.marks = dict(teacher=fingerprint(self.teacher, self.vae, self.encode.net),
                           prompts=hashlib.sha256('\n'.join(self.prompts).encode()).hexdigest())
         self.G, self.ema, self.fake = (copy.deepcopy(self.teacher) for _ in range(3))
@@ -527,20 +525,20 @@ class Run:
         eps = 1e-6 if config.precision == 'fp16' else 1e-8
         self.optimizers = dict(G=Adam(self.G.parameters(), config.lr, eps),
                                fake=Adam(self.fake.parameters(), config.fake_lr, eps))
-        self.micro_batches = torch.arange(config.batch)[self.rank::self.world].split(config.micro_batch)
+        self.micro_batches = torch.arange(config.batch)[RANK::WORLD].split(config.micro_batch)
         self.first, self.iterations = 0, math.ceil(round(config.kimg * 1000, 6) / config.batch)
-        self.log = Log(config, self.out, self.rank == 0)
+        self.log = Log(config, self.out / 'log.jsonl')
         self.interrupted = self.told = 0        # the number of a signal; and once it counts
         self.first_signal = math.inf            # when it came
         with user_errors():
-            if config.progress_samples and self.rank == 0:
+            if config.progress_samples and RANK == 0:
                 began = time.time()
                 self.progress = self.latent_moments(lambda z, fresh, context: ddim(
                     self.teacher, z, context, self.null, config.kappa[2], 25))
                 print(f'{config.progress_samples} latents of the teacher in {clock(time.time() - began)}')
             if config.resume:
                 self.load_state(settings)
-            elif self.rank == 0:
+            elif RANK == 0:
                 self.save_pictures(0)
         self.log.seconds = self.log.elapsed()
         self.log.began = self.log.printed = time.time()         # the pace is that of iterations
@@ -602,14 +600,14 @@ class Run:
                 state = True                    # what was learnt since the last one is not lost with them
                 raise
             finally:
-                if (state or self.told) and self.rank == 0:
+                if (state or self.told) and RANK == 0:
                     self.save_state(seen, owed)
         return bool(self.told)
 
     def measure(self, seen, owed):
         """Draw and score what is owed after `seen` images; what is done leaves the list."""
         if 'pictures' in owed:
-            if self.rank == 0:
+            if RANK == 0:
                 self.save_pictures(seen)
             owed.remove('pictures')
         # Not when interrupted: ten thousand pictures are more than a machine about to vanish grants.
@@ -618,7 +616,7 @@ class Run:
                 owed.remove('score')
             else:
                 self.told = self.heard()
-        if self.rank == 0:
+        if RANK == 0:
             draw_curves(self.log.file, self.out / 'curves.png')
 
     def one_step(self, z, fresh, context):
@@ -654,7 +652,7 @@ class Run:
         began, moments, (stats, inception, captions) = time.time(), fid.Moments(), self.scoring
         self.ema.to(self.device)
         preset = stats['preset'] or 'clean'
-        for rows in torch.arange(self.config.fid_num)[self.rank::self.world].split(16):
+        for rows in torch.arange(self.config.fid_num)[RANK::WORLD].split(16):
             context = self.encode([captions[i % len(captions)] for i in rows.tolist()])
             with autocast(self.config.precision, self.device):
                 images = draw_pictures(self.one_step, self.vae, context, rows.tolist(), self.shape)
@@ -671,7 +669,7 @@ class Run:
             moments.merge(int(n), total.numpy(), product.numpy())
         if moments.n < self.config.fid_num:
             return False
-        if self.rank == 0:
+        if RANK == 0:
             value = fid.frechet_distance(moments.mu, moments.sigma, stats['mu'], stats['sigma'])
             print(f'{seen:8d} images  FID {value:.4f}, {preset}, of {moments.n} pictures', flush=True)
             self.log.note(seen, fid=round(value, 4), fid_seconds=round(time.time() - began, 2))
@@ -753,7 +751,7 @@ class Run:
             for step in optimizer.steps:
                 step.fill_(self.first)
         self.log.images, self.log.seconds = facts['images'], facts['seconds']
-        if self.rank == 0:                      # rows after the state will be written again
+        if RANK == 0:                           # rows after the state will be written again
             self.log.file.touch()
             kept = self.log.file.read_bytes()[:facts['log_bytes']]
             os.truncate(self.log.file, kept.rfind(b'\n') + 1)
@@ -764,15 +762,15 @@ class Run:
             owed.insert(0, 'pictures')          # it ends here, since a shorter --kimg was given, say
         if owed:
             self.measure(facts['images'], owed)
-            if self.rank == 0:
+            if RANK == 0:
                 self.save_facts(states[-1], facts['images'], owed)
 
     def close(self):
         """The last word, and the exit code of an interruption."""
-        if self.rank == 0 and self.told:
+        if RANK == 0 and self.told:
             print(f'Interrupted; the state is saved. Go on with:\n    python sid_lsg.py train '
                   f'--resume {self.out}', flush=True)
-        elif self.rank == 0:
+        elif RANK == 0:
             print(f'The generator is in {self.out}/generator, its pictures from first to last in '
                   f'{self.out}/grid_*.png. Try it:\n    python sid_lsg.py sample --generator {self.out} '
                   f'"{self.prompts[0]}"')
@@ -924,7 +922,7 @@ def save_png(image, path, **text):
     for key, value in text.items():
         info.add_text(key, str(value))
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    new = f'{path}.{os.environ.get("RANK", 0)}.tmp'    # of torchrun's processes each may write the grid
+    new = f'{path}.{RANK}.tmp'          # of torchrun's processes each may write the grid
     try:
         image.save(new, format='PNG', pnginfo=info)
         return Path(new).replace(path)
@@ -1273,15 +1271,14 @@ def check_kinds(config):
         check(good, f'expected --{f.name.replace("_", "-")} to be {kind}, got {value}')
 
 
-def check_numbers(config, world):
-    """ValueError for a setting of train that makes no sense, or not among `world` processes."""
+def check_numbers(config):
+    """ValueError for a setting of train that makes no sense, or not among so many processes."""
     check(len(config.kappa) == 3,
           'expected --kappa with one number, or three (kappa1, kappa2 = kappa3, kappa4), '
           f'got {len(config.kappa)}')
-    at_once = config.micro_batch * world
-    check(min(config.batch, config.micro_batch) > 0 and config.batch % at_once == 0,
+    check(min(config.batch, config.micro_batch) > 0 and config.batch % (config.micro_batch * WORLD) == 0,
           'expected --batch to be a multiple of --micro-batch'
-          + (f' times the {world} processes' if world > 1 else '')
+          + (f' times the {WORLD} processes' if WORLD > 1 else '')
           + f', got {config.batch} and {config.micro_batch}')
     check(0 <= config.t_min < config.t_max <= 1000 and 0 <= config.t_init < 1000,
           'steps lie in 0 ... 999 and --t-min below --t-max, got '
@@ -1289,7 +1286,7 @@ def check_numbers(config, world):
     check(0 <= config.drop <= 1, f'expected --drop to be a share from 0 to 1, got {config.drop}')
     check(min(config.kimg, config.grid_kimg, config.save_every, config.fid_every) > 0,
           'expected --kimg, --grid-kimg, --save-every and --fid-every above 0')
-    check(config.fid_num >= 2 * world,
+    check(config.fid_num >= 2 * WORLD,
           f'expected --fid-num to be 2 a process or more, got {config.fid_num}')
     check(config.progress_samples == 0 or config.progress_samples > 16,
           'expected --progress-samples to be 0 or more than the 16 numbers that each is pooled to, '
@@ -1323,34 +1320,30 @@ def open_run(config):
         for name in PATHS:              # to be found from elsewhere, too
             setattr(config, name, full_path(getattr(config, name)))
         settings = {name: value for name, value in asdict(config).items() if name != 'resume'}
-        world = int(os.environ.get('WORLD_SIZE', 1))        # torchrun sets it
-        config.micro_batch = config.micro_batch or max(config.batch // world, 1)
-        check_numbers(config, world)
+        config.micro_batch = config.micro_batch or max(config.batch // WORLD, 1)
+        check_numbers(config)
         device = choose_device(config.device)
         if config.ema_device:
             usable_device(config.ema_device, '--ema-device')
-        if world > 1:
+        if WORLD > 1:
             if device.type == 'cuda':
                 torch.cuda.set_device(device)
             dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo',
                                     timeout=timedelta(hours=2))     # while the first draws and saves
-        first = not dist.is_initialized() or dist.get_rank() == 0
         teacher = place(unet.load(config.teacher), device)
         vae, encode, tokenizer = load_parts(config.teacher, device, teacher, config.tokenizer)
         shape = latent_shape(config.size, teacher, vae)
         prompts = fid.read_lines(config.prompts or Path(config.teacher) / 'prompts.txt', '--prompts')
-        if first:
-            warn_of_cuts(prompts, tokenizer)
         scoring = open_scoring(config, prompts, device) if config.fid_stats else None
-        out = Path(config.resume) if config.resume else None
-        if first:
-            if not out:
+        out = Path(config.resume)               # a new run's folder only the first process knows
+        if RANK == 0:
+            warn_of_cuts(prompts, tokenizer)
+            if not config.resume:
                 out = new_folder(config.out, 'runs', 'config.json')
                 write_json(out / 'config.json', settings)
-    if first:
-        print(f'Distilling {config.teacher} ({sum(p.numel() for p in teacher.parameters()) / 1e6:.1f} '
-              f'M weights) into {out} on {device} in {config.precision}: kappa {config.kappa}, '
-              f'{len(prompts)} prompts, {config.kimg:g} thousand images', flush=True)
+            print(f'Distilling {config.teacher} ({sum(p.numel() for p in teacher.parameters()) / 1e6:.1f} '
+                  f'M weights) into {out} on {device} in {config.precision}: kappa {config.kappa}, '
+                  f'{len(prompts)} prompts, {config.kimg:g} thousand images', flush=True)
     return teacher, vae, encode, prompts, shape, scoring, out, device, settings
 
 
@@ -1427,8 +1420,7 @@ def open_sample(config):
             folder, facts = open_generator(config)
             facts = dict(generator=full_path(folder), steps=config.steps, t_init=facts['t_init'],
                          images=facts.get('images', 'unknown'))
-        world = int(os.environ.get('WORLD_SIZE', 1))        # torchrun sets it
-        check(config.out or world == 1, 'expected --out with torchrun, for all processes to write to')
+        check(config.out or WORLD == 1, 'expected --out with torchrun, for all processes to write to')
         device = choose_device(config.device)
         dtype = arithmetic(DTYPES[config.precision], device)
         stored = None if device.type == 'cpu' and not config.compile else dtype
@@ -1451,9 +1443,9 @@ def open_sample(config):
         check(out.is_dir() or not out.exists(),
               f'expected a folder for --out, found a file at {out}; give another')
         out.mkdir(parents=True, exist_ok=True)
-        todo = [i for i in range(int(os.environ.get('RANK', 0)), len(jobs), world)
+        todo = [i for i in range(RANK, len(jobs), WORLD)
                 if not drawn(out / f'{i:06d}.png', prompt=jobs[i][0], seed=str(jobs[i][1]), **facts)]
-        if len(todo) < len(jobs) and world == 1:
+        if len(todo) < len(jobs) and WORLD == 1:
             print(f'{len(jobs) - len(todo)} of {len(jobs)} pictures are there already', file=sys.stderr)
     return net, vae, encode, jobs, todo, shape, facts, out, device
 

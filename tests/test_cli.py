@@ -34,13 +34,13 @@ def command(*arguments, cwd):
                           env={**os.environ, 'OMP_NUM_THREADS': '2'})
 
 
-def call(*arguments, cwd, **environment):
+def call(*arguments, cwd, rank=0, world=1):
     """The same in this process, which is spared the import of torch; the exit code, what was printed, and the errors."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.chdir(cwd)
-        for name, value in environment.items():
-            patch.setenv(name, str(value))
+        patch.setattr(sid_lsg, 'RANK', rank)
+        patch.setattr(sid_lsg, 'WORLD', world)
         try:
             sid_lsg.main(list(map(str, arguments)))
         except SystemExit as stop:
@@ -210,7 +210,7 @@ def test_sample_goes_on_where_it_was_cut_off_and_shares_work(run, tmp_path):
     assert result.stdout.split() == ['all/000003.png', 'all/grid.png'] and '4 of 5' in result.stderr
     assert (tmp_path / 'all' / '000002.png').stat().st_mtime_ns == kept
     for rank, own in ((0, [0, 2, 4]), (1, [1, 3])):
-        result = call(*ask, '--out', 'shared', cwd=tmp_path, RANK=rank, WORLD_SIZE=2)
+        result = call(*ask, '--out', 'shared', cwd=tmp_path, rank=rank, world=2)
         paths = [f'shared/{i:06d}.png' for i in own] + ['shared/grid.png'] * rank       # the last one draws the grid
         assert result.stdout.split() == paths, result.stderr
     for name in ('all', 'shared'):
