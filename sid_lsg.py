@@ -833,7 +833,7 @@ def sample(config):
 
     Their paths go to stdout. Pictures that are there already are not drawn again; the processes of a
     torchrun share what is left."""
-    net, vae, encode, jobs, todo, shape, facts, out, device = open_sample(config)
+    net, vae, encode, jobs, todo, shape, facts, out = open_sample(config)
     null = encode([''])
     config.batch = max(min(config.batch, len(todo)), 1)
     if config.compile:
@@ -1413,13 +1413,12 @@ def open_sample(config):
             folder = config.teacher = config.teacher or str(TINY_TEACHER)
             config.kappa = 1.5 if config.kappa is None else config.kappa
             check(math.isfinite(config.kappa), f'expected a finite number for --kappa, got {config.kappa}')
-            facts = dict(generator=full_path(folder), teacher_steps=config.teacher_steps, kappa=config.kappa)
+            facts = dict(teacher_steps=config.teacher_steps, kappa=config.kappa)
         else:
             check(config.kappa is None, '--kappa guides the teacher, with --teacher-steps; '
                                         'a one-step generator was trained with its own')
             folder, facts = open_generator(config)
-            facts = dict(generator=full_path(folder), steps=config.steps, t_init=facts['t_init'],
-                         images=facts.get('images', 'unknown'))
+            facts = dict(steps=config.steps, t_init=facts['t_init'], images=facts.get('images', 'unknown'))
         check(config.out or WORLD == 1, 'expected --out with torchrun, for all processes to write to')
         device = choose_device(config.device)
         dtype = arithmetic(DTYPES[config.precision], device)
@@ -1435,9 +1434,9 @@ def open_sample(config):
         seeds = parse_seeds(config.seeds) if config.seeds else None
         jobs = ([(text, seed) for text in texts for seed in seeds] if seeds
                 else [(text, i) for i, text in enumerate(texts)])
-        facts |= dict(teacher=full_path(config.teacher), tokenizer=full_path(config.tokenizer),
-                      precision=config.precision if dtype == DTYPES[config.precision] else 'fp32',
-                      size=shape[1] * vae.factor)
+        facts |= dict(generator=full_path(folder), teacher=full_path(config.teacher),
+                      tokenizer=full_path(config.tokenizer), size=shape[1] * vae.factor,
+                      precision=config.precision if dtype == DTYPES[config.precision] else 'fp32')
         facts = {name: str(value) for name, value in facts.items()}
         out = Path(config.out) if config.out else new_folder('', 'samples', '*.png')
         check(out.is_dir() or not out.exists(),
@@ -1447,7 +1446,7 @@ def open_sample(config):
                 if not drawn(out / f'{i:06d}.png', prompt=jobs[i][0], seed=str(jobs[i][1]), **facts)]
         if len(todo) < len(jobs) and WORLD == 1:
             print(f'{len(jobs) - len(todo)} of {len(jobs)} pictures are there already', file=sys.stderr)
-    return net, vae, encode, jobs, todo, shape, facts, out, device
+    return net, vae, encode, jobs, todo, shape, facts, out
 
 
 def drawn(path, **facts):
