@@ -1235,13 +1235,12 @@ def warn_of_cuts(prompts, tokenizer):
         fid.warn(f'{len(cut) - 3} more prompts are longer than {clip_text.LENGTH} tokens and are cut')
 
 
-def new_folder(given, parent, pattern):
-    """The folder to write: `given` unless files in it match `pattern`, or the next free parent/NNN."""
+def new_folder(given, parent):
+    """The folder to write: `given`, or the next free parent/NNN."""
     taken = [int(p.name) for p in Path(parent).glob('[0-9]*') if p.name.isdigit()]
-    folder = Path(given) if given else Path(parent) / f'{max(taken, default=-1) + 1:03d}'
-    check(not any(folder.glob(pattern)),
-          f'expected a new folder for --out, found {pattern} in {folder}; '
-          'nothing was overwritten, give another')
+    folder = Path(given or f'{parent}/{max(taken, default=-1) + 1:03d}')
+    check(folder.is_dir() or not folder.exists(),
+          f'expected a folder for --out, found a file at {folder}; give another')
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -1339,7 +1338,10 @@ def open_run(config):
         if RANK == 0:
             warn_of_cuts(prompts, tokenizer)
             if not config.resume:
-                out = new_folder(config.out, 'runs', 'config.json')
+                out = new_folder(config.out, 'runs')
+                check(not (out / 'config.json').exists(),
+                      f'expected a new folder for --out, found config.json in {out}; '
+                      'nothing was overwritten, give another')
                 write_json(out / 'config.json', settings)
             print(f'Distilling {config.teacher} ({sum(p.numel() for p in teacher.parameters()) / 1e6:.1f} '
                   f'M weights) into {out} on {device} in {config.precision}: kappa {config.kappa}, '
@@ -1438,10 +1440,7 @@ def open_sample(config):
                       tokenizer=full_path(config.tokenizer), size=shape[1] * vae.factor,
                       precision=config.precision if dtype == DTYPES[config.precision] else 'fp32')
         facts = {name: str(value) for name, value in facts.items()}
-        out = Path(config.out) if config.out else new_folder('', 'samples', '*.png')
-        check(out.is_dir() or not out.exists(),
-              f'expected a folder for --out, found a file at {out}; give another')
-        out.mkdir(parents=True, exist_ok=True)
+        out = new_folder(config.out, 'samples')
         todo = [i for i in range(RANK, len(jobs), WORLD)
                 if not drawn(out / f'{i:06d}.png', prompt=jobs[i][0], seed=str(jobs[i][1]), **facts)]
         if len(todo) < len(jobs) and WORLD == 1:
