@@ -969,6 +969,8 @@ def convert(config):
         source, target = unet.locate(config.source), Path(config.target)
         check(config.overwrite or not target.exists(),
               f'{target} exists already, nothing was overwritten; give another name, or --overwrite')
+        check((target / 'unet').is_dir() or not target.is_dir(),
+              f'{target} is a folder that holds no checkpoint, so it is not replaced; give another name')
         single = target.suffix == '.safetensors'
         folder, facts = generator_in(source)
         pickled = source.is_file() and is_official_pickle(source)
@@ -1010,9 +1012,6 @@ def convert(config):
                 unet.save(net, new / 'unet', dtype)
             if student and not single:
                 write_json(new / 'generator.json', facts)
-            if target.is_dir():             # with --overwrite
-                check((target / 'unet').is_dir(), f'{target} is a folder that holds no checkpoint, '
-                                                  'so it is not replaced; give another name')
             if aside:
                 target.replace(old)
             new.replace(target)
