@@ -1484,8 +1484,8 @@ def make_config(kind, given):
     unknown = set(beside) - {f.name for f in fields(kind)}
     check(not unknown, f'expected settings of train in {file}, found {", ".join(sorted(unknown))}')
     for name, value in given.items() if resume else ():
-        old = list(np.atleast_1d(beside.get(name)))
-        check(name in FREE or old in (list(np.atleast_1d(value)), 3 * list(np.atleast_1d(value))),
+        old, new = (list(np.atleast_1d(x)) for x in (beside.get(name), value))
+        check(name in FREE or old in (new, 3 * new),
               f'--{name.replace("_", "-")} {value} would make it another run than {resume}, where it is '
               f'{beside.get(name)}; leave it out, or start a new run')
     return kind(**{**beside, **given})
