@@ -1139,13 +1139,12 @@ def choose_device(name):
     return device
 
 
-def arithmetic(dtype, device):
-    """That dtype, or fp32 where the device is a CPU that could only emulate it, two to three times slower."""
-    name = next(name for name, known in DTYPES.items() if known == dtype)
+def arithmetic(precision, device):
+    """That, or fp32 where the device is a CPU that could only emulate it, two to three times slower."""
     # A CPU that can has, say, avx512_bf16, bf16 or fp16_arith. Older torch has no such function.
     abilities = getattr(torch.cpu, 'get_capabilities', dict)()
-    able = device.type != 'cpu' or any(has and name in what for what, has in abilities.items())
-    return dtype if able else torch.float32
+    able = device.type != 'cpu' or any(has and precision in what for what, has in abilities.items())
+    return precision if able else 'fp32'
 
 
 def place(net, device, dtype=torch.float32):
@@ -1422,7 +1421,8 @@ def open_sample(config):
             facts = dict(steps=config.steps, t_init=facts['t_init'], images=facts.get('images', 'unknown'))
         check(config.out or WORLD == 1, 'expected --out with torchrun, for all processes to write to')
         device = choose_device(config.device)
-        dtype = arithmetic(DTYPES[config.precision], device)
+        precision = arithmetic(config.precision, device)
+        dtype = DTYPES[precision]
         stored = None if device.type == 'cpu' and not config.compile else dtype
         net = place(unet.load(folder, stored), device, dtype)
         vae, encode, tokenizer = load_parts(config.teacher, device, net, config.tokenizer, dtype, stored)
@@ -1436,8 +1436,7 @@ def open_sample(config):
         jobs = ([(text, seed) for text in texts for seed in seeds] if seeds
                 else [(text, i) for i, text in enumerate(texts)])
         facts |= dict(generator=full_path(folder), teacher=full_path(config.teacher),
-                      tokenizer=full_path(config.tokenizer), size=shape[1] * vae.factor,
-                      precision=config.precision if dtype == DTYPES[config.precision] else 'fp32')
+                      tokenizer=full_path(config.tokenizer), precision=precision, size=shape[1] * vae.factor)
         facts = {name: str(value) for name, value in facts.items()}
         out = new_folder(config.out, 'samples')
         todo = [i for i in range(RANK, len(jobs), WORLD)

@@ -61,7 +61,7 @@ def wait(device):
 
 def precisions(device):
     """What it is measured in. A CPU without bf16 arithmetic would emulate it, diffusers' picture for an hour."""
-    return [name for name in ('fp32', 'bf16') if sid_lsg.arithmetic(DTYPES[name], device) == DTYPES[name]]
+    return [name for name in ('fp32', 'bf16') if sid_lsg.arithmetic(name, device) == name]
 
 
 def free(device):
@@ -163,7 +163,6 @@ def make_folder(work, small):
 def generator(folder, dtype, device):
     """The nets, and how sample() draws: a function of prompts and side in pixels to uint8 pictures."""
     device = sid_lsg.choose_device(str(device))
-    dtype = sid_lsg.arithmetic(dtype, device)
     stored = dtype if device.type == 'cuda' else None          # as open_sample() has it
     net = sid_lsg.place(unet.load(folder, stored), device, dtype)
     vae, encode, _ = sid_lsg.load_parts(folder, device, dtype=dtype, stored=stored)
