@@ -733,9 +733,8 @@ class Run:
         try:
             facts = unet.read_json(states[-1] / 'state.json')
             tensors, own = unet.read_tensors(states[-1] / 'tensors.safetensors'), self.tensors()
-            check([(name, w.shape) for name, w in sorted(tensors.items())]
-                  == [(name, w.shape) for name, w in sorted(own.items())],
-                  'its tensors are not those of this teacher')
+            found, wanted = ({name: w.shape for name, w in some.items()} for some in (tensors, own))
+            check(found == wanted, 'its tensors are not those of this teacher')
             for name, kind in dict(images=int, log_bytes=int, seconds=float, owed=list).items():
                 check(type(facts.get(name)) is kind and facts[name] >= kind(), f'its state.json lacks {name}')
         except (ValueError, OSError) as error:
