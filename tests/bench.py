@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import copy
 import gc
+import importlib.util
 import io
 import json
 import os
@@ -526,19 +527,18 @@ def start_row(table, args):
     cases = [('tiny teacher', TINY, 'fp32')]
     cases += [(args.folder.name, args.folder, precision) for precision in precisions(table.device)]
     for name, folder, precision in cases:
-        out = Path(tempfile.mkdtemp(dir=args.work))
+        out = args.work / 'start'
         ours = [sys.executable, 'sid_lsg.py', 'sample', PROMPT, '--generator', folder, '--size', 64, '--device',
                 table.device, '--precision', precision, '--out', out / 'ours']
         theirs = [sys.executable, '-c', THEIRS, folder, str(DTYPES[precision]).split('.')[1], table.device, PROMPT,
                   out / 'theirs.png']
 
         def left():
-            shutil.rmtree(out / 'ours', ignore_errors=True)
+            shutil.rmtree(out, ignore_errors=True)
             process(ours)
         # The turn that does not count brings the weights into the page cache.
         a, b = beside([left, lambda: process(theirs)], table.device, args.repeat)
         table.row(f'sample, start to picture, {name}, {precision}', precision, a, b, 0.5)
-        shutil.rmtree(out)
 
 
 # A process each, since what one keeps of memory, or has ever held, stays. Plainly: without the trick.
@@ -670,10 +670,16 @@ def main(arguments=None):
     unknown = set(args.rows) - set(rows)
     if unknown:
         parser.error(f'no such row: {", ".join(sorted(unknown))}')
-    args.work = args.work.resolve()             # the processes are started elsewhere
-    args.work.mkdir(parents=True, exist_ok=True)
-    args.folder = make_folder(args.work, args.small)
-    table = Table(sid_lsg.choose_device(args.device))
+    if min(args.repeat, args.pictures, args.micro_batch) < 1 or args.batch % args.micro_batch or args.batch < 1:
+        parser.error('expected --repeat and --pictures of 1 or more, --batch a multiple of --micro-batch, not '
+                     f'{args.repeat}, {args.pictures}, {args.batch} and {args.micro_batch}')
+    if missing := [name for name in ('diffusers', 'transformers') if not importlib.util.find_spec(name)]:
+        parser.error(f'{" and ".join(missing)} not found; pip install -r tests/requirements.txt')
+    with sid_lsg.user_errors():
+        args.work = args.work.resolve()         # the processes are started elsewhere
+        args.work.mkdir(parents=True, exist_ok=True)
+        table = Table(sid_lsg.choose_device(args.device))
+        args.folder = make_folder(args.work, args.small)
     cuda = table.device.type == 'cuda'
     args.compile = cuda and not args.no_compile
     where = (torch.cuda.get_device_name(table.device) if cuda
@@ -684,7 +690,7 @@ def main(arguments=None):
     for name in args.rows or default:
         try:
             rows[name](table, args)
-        except Exception:                       # time on a rented GPU is dear: go on
+        except (Exception, SystemExit):         # time on a rented GPU is dear: go on
             traceback.print_exc()
             failed.append(name)
         torch.compiler.reset()                  # it compiles a function for eight cases at most
@@ -694,4 +700,7 @@ def main(arguments=None):
 
 
 if __name__ == '__main__':
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

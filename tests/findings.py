@@ -81,7 +81,10 @@ def distil(exam, folder, teacher, kimg, strategy, seed):
         teacher=str(teacher), out=str(folder), kappa=tuple(kappa), alpha=alpha, seed=seed, kimg=kimg, grid_kimg=kimg,
         progress_samples=0))
     if not (folder / 'generator').is_dir():
-        sid_lsg.remove(folder)          # of a run cut off
+        if any((folder / 'state').glob('[0-9]*')):      # of a run cut off
+            config = sid_lsg.make_config(sid_lsg.TrainConfig, dict(resume=str(folder)))
+        else:
+            sid_lsg.remove(folder)
         sid_lsg.train(config)
     G = unet.load(folder / 'generator').to(exam.device)
     return score(exam, lambda z, c: sid_lsg.generate(G, z, c, config.t_init))
@@ -144,11 +147,14 @@ def main(arguments=None):
     parser.add_argument('--only', nargs='+', default=list(STRATEGIES), choices=list(STRATEGIES), metavar='STRATEGY',
                         help='such as "LSG 1.5"; default: all')
     args = parser.parse_args(arguments)
+    if not args.kimg > 0 or not np.isfinite(args.kappa).all():
+        parser.error(f'expected --kimg above 0 and finite --kappa, not {args.kimg} and {args.kappa}')
     settings = dict(kimg=args.kimg, captions=args.captions, teacher=str(args.teacher.resolve()))
-    if once(args.out / 'settings.json', lambda: settings) != settings:
-        parser.error(f'{args.out} has findings of other settings (settings.json there); give another --out')
-    exam = score_tiny.Exam(args.teacher, args.captions)
-    teacher, null = unet.load(args.teacher).to(exam.device), exam.encode([''])
+    with sid_lsg.user_errors():
+        exam = score_tiny.Exam(args.teacher, args.captions)
+        if once(args.out / 'settings.json', lambda: settings) != settings:
+            parser.error(f'{args.out} has findings of other settings (settings.json there); give another --out')
+    teacher, null = exam.teacher, exam.encode([''])
 
     rows = {}
     for strategy in args.only:
@@ -162,7 +168,8 @@ def main(arguments=None):
 
     drawn = tiny_world.pictures([tiny_world.scene_of(text) for text in repeated(exam)], seed=7)
     again = exam.drawn(seed=6)
-    rows['drawn pictures'] = [dict(right=1.0, fd=exam.distance(again), spread=spread(exam, again),
+    right, _ = tiny_world.right(tiny_world.pictures(exam.scenes, seed=6), exam.scenes)
+    rows['drawn pictures'] = [dict(right=right, fd=exam.distance(again), spread=spread(exam, again),
                                    diversity=diversity(drawn))]
     print(f'{args.kimg:g} thousand images a run, seeds {args.seeds}, {len(exam.captions)} captions; mean +- half the '
           f'range of the seeds\n\n| | kappa1, 2 = 3, 4 | alpha | right | FD | spread | diversity |\n|---|---|---|---|---|---|---|')

@@ -4,7 +4,8 @@
     python tests/make_tiny_sd.py decoder    # about 20 minutes; trains that VAE's decoder on
     python tests/make_tiny_sd.py teacher    # about an hour on one core; writes everything else
 
-Each stage keeps a checkpoint in --work every few minutes and goes on from it when started again. The nets
+With --out they make another, to be given to train as --teacher. Each stage keeps a checkpoint in --work
+every few minutes and goes on from it when started again, until it is done. The nets
 are this project's own, in SD's architecture at a two-hundredth of its size: Stable Diffusion itself is
 trained like this. The UNet attends to text on its lower level only, which makes an iteration of the
 distillation about 1.6 times faster than with attention on both.
@@ -18,6 +19,7 @@ import argparse
 import copy
 import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -74,6 +76,7 @@ def train(model, step, iterations, batch, lr, checkpoint, seed, ema=0.0):
         model.load_state_dict(state['model']), average.load_state_dict(state['average'])
         optimizer.load_state_dict(state['optimizer'])
         first = state['iteration']
+        print(f'going on from iteration {first} of {checkpoint}', flush=True)
     for i in range(first, iterations):
         for group in optimizer.param_groups:
             group['lr'] = lr * min(1.0, (i + 1) / 100) * (1 - i / iterations)
@@ -117,8 +120,8 @@ def make_vae(args):
     vae = vae.to(memory_format=torch.contiguous_format)
     with torch.no_grad():                       # as SD's 0.18215 was found: latents of unit variance
         vae.scale = round(1 / vae.moments(to_net(pictures[:512]))[0].std().item(), 5)
-    vae_module.save(vae, TINY / 'vae', torch.float16)
-    report_vae(vae_module.load(TINY))
+    vae_module.save(vae, args.out / 'vae', torch.float16)
+    report_vae(vae_module.load(args.out))
 
 
 def report_vae(vae):
@@ -138,7 +141,7 @@ def make_decoder(args):
     UNet got slightly wrong."""
     torch.manual_seed(3)
     pictures = tiny_world.pictures(training_scenes(40_000, seed=3), seed=4)
-    vae = vae_module.load(TINY).to(memory_format=torch.channels_last)
+    vae = vae_module.load(args.out).to(memory_format=torch.channels_last)
     latents = latents_of(vae, pictures)
     vae.encoder.requires_grad_(False), vae.quant_conv.requires_grad_(False)
 
@@ -154,7 +157,7 @@ def make_decoder(args):
     vae.post_quant_conv, vae.decoder = train(
         halves, step, args.iterations or 2000, 32, 1e-3, args.work / 'decoder.pt', seed=3, ema=0.995)
     report_vae(vae)
-    vae_module.save(vae, TINY / 'vae', torch.float16)
+    vae_module.save(vae, args.out / 'vae', torch.float16)
 
 
 def make_tokenizer(captions):
@@ -183,7 +186,7 @@ def make_teacher(args):
     scenes = training_scenes(60_000, seed=2)
     captions = [tiny_world.caption(scene) for scene in scenes]
     tokenizer = make_tokenizer(captions)
-    vae = vae_module.load(TINY)
+    vae = vae_module.load(args.out)
     latents = latents_of(vae, tiny_world.pictures(scenes, seed=3))
     tokens, empty = tokenizer(captions), tokenizer([''])
     print(f'{len(latents)} latents, deviation {latents.std():.3f}, '
@@ -209,33 +212,43 @@ def make_teacher(args):
     net_average, text_average = train(
         both, step, args.iterations or 5200, 64, 1.2e-3, args.work / 'teacher.pt', seed=2, ema=0.999)
     net_average.sample_size = net.sample_size
-    sid_lsg.write_pipeline(TINY, net_average, vae, text_average, tokenizer, torch.float16, 'DDIM')
-    write_rest()
+    sid_lsg.write_pipeline(args.out, net_average, vae, text_average, tokenizer, torch.float16, 'DDIM')
+    write_rest(args.out)
 
 
-def write_rest():
+def write_rest(folder):
     """What train and the scores read: settings, prompts and held-out captions."""
     prompts = list(dict.fromkeys(tiny_world.caption(s) for s in training_scenes(6000, seed=4)))
-    (TINY / 'prompts.txt').write_text('\n'.join(prompts) + '\n')
-    (TINY / 'held_out.txt').write_text('\n'.join(tiny_world.caption(s) for s in split()[0]) + '\n')
+    (folder / 'prompts.txt').write_text('\n'.join(prompts) + '\n')
+    (folder / 'held_out.txt').write_text('\n'.join(tiny_world.caption(s) for s in split()[0]) + '\n')
     # Not the paper's: made for eight minutes of two slow cores. This teacher is sure of its captions, so that little
     # guidance is enough; more makes latents larger than the world's, by 6 % at the paper's 1.5 (tests/findings.py). And
     # noise hides more of latents of 8 x 8 than of 64 x 64: the generator does better at less of it than at 625. The
     # latents' mean wanders while rates are high, and falling rates would freeze it wherever it is; an average that
     # reaches back over much of the run evens it out.
-    (TINY / 'sid_lsg.json').write_text(json.dumps(
-        {'kappa': 1.1, 't_init': 450, 'kimg': 15.0, 'batch': 16, 'lr': 7e-5, 'fake_lr': 1.4e-4,
-         'ema_rampup': 0.3, 'grid_kimg': 3.0, 'progress_samples': 100}, indent=2) + '\n')
+    sid_lsg.write_json(folder / 'sid_lsg.json', {
+        'kappa': 1.1, 't_init': 450, 'kimg': 15.0, 'batch': 16, 'lr': 7e-5, 'fake_lr': 1.4e-4,
+        'ema_rampup': 0.3, 'grid_kimg': 3.0, 'progress_samples': 100})
 
 
-if __name__ == '__main__':
+def main(arguments=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('stage', choices=['vae', 'decoder', 'teacher'])
-    parser.add_argument('--work', type=Path, default=Path('/tmp/make_tiny_sd'),
-                        help='where the checkpoints lie')
+    parser.add_argument('--out', type=Path, default=TINY,
+                        help='folder of the teacher, whose parts are replaced (default: %(default)s)')
+    parser.add_argument('--work', type=Path, default=Path(tempfile.gettempdir(), 'make_tiny_sd'),
+                        help='where the checkpoint of a stage lies until it is done (default: %(default)s)')
     parser.add_argument('--iterations', type=int, default=0,
                         help='optimizer steps (default: the stage\'s own)')
-    args = parser.parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
-    dict(vae=make_vae, decoder=make_decoder, teacher=make_teacher)[args.stage](args)
+    args = parser.parse_args(arguments)
+    if args.iterations < 0:
+        parser.error(f'expected --iterations of 1 or more, got {args.iterations}')
+    with sid_lsg.user_errors():
+        args.work.mkdir(parents=True, exist_ok=True)
+        dict(vae=make_vae, decoder=make_decoder, teacher=make_teacher)[args.stage](args)
+    (args.work / f'{args.stage}.pt').unlink(missing_ok=True)
+
+
+if __name__ == '__main__':
+    main()

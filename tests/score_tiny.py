@@ -13,6 +13,7 @@ sets of 2,000 the distance of one generator was seen to differ by 0.03 to 0.3 (s
 
 import argparse
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -39,8 +40,11 @@ class Exam:
 
     def __init__(self, teacher, count):
         self.device = sid_lsg.choose_device('')
-        self.vae, self.encode, _ = sid_lsg.load_parts(teacher, self.device)
-        self.captions = (Path(teacher) / 'held_out.txt').read_text().splitlines()[:count]
+        self.teacher = unet.load(teacher).to(self.device)
+        self.vae, self.encode, self.tokenizer = sid_lsg.load_parts(teacher, self.device, self.teacher)
+        held_out = fid.read_lines(Path(teacher) / 'held_out.txt', '--teacher, which takes one of the tiny world')
+        sid_lsg.check(2 <= count <= len(held_out), f'expected --captions from 2 to {len(held_out)}, got {count}')
+        self.captions = held_out[:count]
         self.scenes = [tiny_world.scene_of(text) for text in self.captions]
         self.real = self.drawn(seed=5)
         self.shape = tuple(self.real.shape[1:])
@@ -78,24 +82,28 @@ def main(arguments=None):
                         help='held-out captions to use, default: %(default)s')
     parser.add_argument('--sets', type=int, default=1,
                         help='pictures of each caption; the Fréchet distance is the mean over the sets of one each, '
-                             'with its standard deviation, default: %(default)s')
+                             'with their standard deviation, default: %(default)s')
     parser.add_argument('--kappa', type=float, nargs='*', default=[1.5, 2.0],
                         help='the teacher\'s guidance, default: %(default)s')
     parser.add_argument('--steps', type=int, default=25,
                         help='the teacher\'s DDIM steps, default: %(default)s')
     parser.add_argument('--picture', help='PNG to write: the first 8 captions by teacher and runs, side by side')
     args = parser.parse_args(arguments)
-    if args.sets < 1:
-        parser.error(f'--sets: expected 1 or more pictures of each caption, not {args.sets}')
+    if args.sets < 1 or not 1 <= args.steps <= 1000 or not np.isfinite(args.kappa).all():
+        parser.error('expected --sets of 1 or more, --steps from 1 to 1000, finite --kappa; '
+                     f'not {args.sets}, {args.steps}, {args.kappa}')
 
     with sid_lsg.user_errors():         # before the minutes that drawing takes
-        generators = []
+        exam, generators = Exam(args.teacher, args.captions), []
         for run in args.runs:
             folder, facts = sid_lsg.generator_in(run)
             generators.append((run, unet.load(folder), facts.get('t_init', 625)))
-        exam = Exam(args.teacher, args.captions)
+            sid_lsg.check_parts(exam.encode.net, exam.tokenizer, generators[-1][1], args.teacher)
+        if args.picture:
+            sid_lsg.check(os.access(Path(args.picture).absolute().parent, os.W_OK) and not Path(args.picture).is_dir(),
+                          f'expected a PNG to write for --picture, in a folder that can be written, got {args.picture}')
     count, sets = len(exam.captions), range(args.sets)
-    teacher, null = unet.load(args.teacher).to(exam.device), exam.encode([''])
+    teacher, null = exam.teacher, exam.encode([''])
     reals = [exam.real] + [exam.drawn(seed=5 + 2 * s) for s in sets[1:]]
     attributes = ('background', 'count', 'place', 'size', 'color', 'shape')
     single = [i for i, (_, _, objects) in enumerate(exam.scenes) if len(objects) == 1]
@@ -112,7 +120,8 @@ def main(arguments=None):
         alone = math.nan if not single else tiny_world.right(
             np.concatenate([p[single] for p in pictures]), [exam.scenes[i] for i in single] * len(pictures))[0]
         distances = [exam.distance(x, real) for x, real in zip(latents, reals)] or [math.nan]
-        print(f'{name:34s} {share:6.1%} {alone:6.1%} {np.mean(distances):7.2f} {np.std(distances):5.2f}  '
+        deviation = f'{np.std(distances):5.2f}' if len(distances) > 1 else 5 * ' '
+        print(f'{name:34s} {share:6.1%} {alone:6.1%} {np.mean(distances):7.2f} {deviation}  '
               + ' '.join(f'{each[a]:10.1%}' for a in attributes)
               + f'   {time.time() - began:.0f} s', flush=True)
 
@@ -136,7 +145,7 @@ def main(arguments=None):
         draw(f'teacher, {args.steps} steps, kappa {kappa:g}',
              lambda z, c: sid_lsg.ddim(teacher, z, c, null, kappa, args.steps))
     if args.picture:
-        rows = [row for row in rows[2:] if 'kappa' not in row[0]] + rows[-1:]       # the teacher at its last kappa
+        rows = rows[2:3 + len(generators)] + rows[-1:] * bool(args.kappa)           # the teacher at its last kappa
         sid_lsg.save_png(sid_lsg.make_grid([image for _, pictures in rows for image in pictures],
                                            [f'{name}: {text}' for name, _ in rows for text in exam.captions[:8]], 8),
                          args.picture)

@@ -351,6 +351,19 @@ def test_the_benchmark_runs(tmp_path):
     assert result.stdout.count(' else ') == 2 + len(bench.precisions(torch.device('cpu')))
 
 
+def test_the_benchmark_names_mistakes(tmp_path, monkeypatch, capsys):
+    (tmp_path / 'file').touch()
+    for wrong, fact in ((['no-row'], 'no-row'), (['--repeat', '0'], '--repeat'), (['--batch', '4'], '4 and 8'),
+                        (['--device', 'banana'], '--device banana'), (['--work', str(tmp_path / 'file')], 'file')):
+        with pytest.raises(SystemExit, match='2'):
+            bench.main(['--small', '--work', str(tmp_path), *wrong])
+        assert fact in capsys.readouterr().err
+    monkeypatch.setattr(bench.importlib.util, 'find_spec', lambda name: None)
+    with pytest.raises(SystemExit, match='2'):
+        bench.main(['--small', '--work', str(tmp_path)])
+    assert 'pip install -r tests/requirements.txt' in capsys.readouterr().err and os.listdir(tmp_path) == ['file']
+
+
 def test_memory_is_counted_as_the_readme_explains_it(teacher):
     """bf16, average on the CPU: teacher in bf16, G and fake, their second moments and one net's gradients in fp32."""
     count = {part.__name__: sum(w.numel() for w in part.load(teacher).parameters()) for part in (unet, vae, clip_text)}
