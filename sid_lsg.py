@@ -1238,7 +1238,7 @@ def new_folder(given, parent):
     folder = Path(given or f'{parent}/{max(taken, default=-1) + 1:03d}')
     check(folder.is_dir() or not folder.exists(),
           f'expected a folder for --out, found a file at {folder}; give another')
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=bool(given))    # runs started together shall not share one
     return folder
 
 

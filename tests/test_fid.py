@@ -346,7 +346,7 @@ def sets(tmp_path_factory):
         for copy in ('.hidden/1.png', '._2.png'):       # by Jupyter and macOS
             image.save(folder / name / copy)
     np.save(folder / 'real.npy', np.stack([picture(i, 40, 50) for i in range(12)]))
-    np.savez(folder / 'fake.npz', np.stack([picture(100 + i, 40, 50) for i in range(12)]))
+    np.savez(folder / 'fake.npz', images=np.stack([picture(100 + i, 40, 50) for i in range(12)]))
     return folder
 
 
@@ -570,6 +570,11 @@ def test_broken_weights_are_noticed_in_the_features(sets, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         fid.main([str(sets / 'real'), str(sets / 'fake')])
     assert stop.value.code == 2 and 'NaN or infinity in picture 0' in capsys.readouterr().err
+
+
+def test_weights_lie_where_pytorch_fid_leaves_them(tmp_path, monkeypatch):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    assert fid.default_weights() == tmp_path / 'hub' / 'checkpoints' / 'pt_inception-2015-12-05-6726825d.pth'
 
 
 def test_safetensors_hold_the_same_net(inception, tmp_path, capsys):
