@@ -115,12 +115,12 @@ def test_same_seed_same_weights_and_micro_batches_add_up(run, two_threads, teach
 @pytest.mark.parametrize('kappas, dropped', [((0.5, 2.0, 3.0), 0.5), ((1.0, 1.0, 2.0), 0.0)])
 def test_train_is_the_method_written_out(kappas, dropped, teacher, tmp_path):
     """Two iterations of train() against the whole method in a second hand: one batch instead of micro-batches, no
-    frozen weights, gradients by autograd.grad, Adam by its formula. Losses, distances, norms and final weights."""
+    frozen weights, gradients by autograd.grad, Adam by its formula. Losses, distances, norms and the averaged weights."""
     (kappa1, kappa2, kappa4), alpha, batch, lr = kappas, 1.2, 4, 1e-3
     out = tmp_path / 'run'
     config = sid_lsg.make_config(sid_lsg.TrainConfig, dict(
         teacher=str(teacher), out=str(out), kappa=[kappa1, kappa2, kappa4], alpha=alpha, batch=batch, micro_batch=2, lr=lr,
-        fake_lr=2 * lr, drop=0.5, kimg=0.008, log_seconds=0.0))
+        fake_lr=2 * lr, drop=0.5, kimg=0.008, log_seconds=0.0, ema_rampup=2.0))
     sid_lsg.train(config)
     log = [json.loads(line) for line in (out / 'log.jsonl').read_text().splitlines()]
 
@@ -128,6 +128,7 @@ def test_train_is_the_method_written_out(kappas, dropped, teacher, tmp_path):
     _, encode, _ = sid_lsg.load_parts(teacher, torch.device('cpu'))
     prompts = (teacher / 'prompts.txt').read_text().split('\n')[:20]
     moments = {net: [torch.zeros_like(p) for p in net.parameters()] for net in (psi, G)}
+    average = [0.0] * len(moments[G])
 
     def guided(net, x_t, t, c, kappa):
         return (1 - kappa) * net(x_t, t, encode([''] * batch)) + kappa * net(x_t, t, c)
@@ -163,10 +164,12 @@ def test_train_is_the_method_written_out(kappas, dropped, teacher, tmp_path):
                         xphi_xpsi=(x_phi - x_psi).abs().mean().item(), grad_G=adam(G, loss_G, lr, n))
         # Each step of Adam turns rounding of tiny gradients into whole steps, so the second iteration agrees less.
         assert {k: log[n - 1][k] for k in expected} == pytest.approx(expected, rel=1e-4 if n == 1 else 2e-2), n
-    # ema_beta is 0.5 ** 20 by now: the average is the generator itself
+        # A half-life of twice the images seen before: none, then one batch.
+        old = 0.0 if n == 1 else 0.5 ** 0.5
+        average = [old * a + (1 - old) * p.detach() for a, p in zip(average, G.parameters())]
     start, end = load_file(teacher / 'unet' / 'diffusion_pytorch_model.safetensors'), weights(out)
     moved = sum((end[key] - start[key]).abs().sum() for key in end)
-    apart = sum((end[key] - p.detach()).abs().sum() for key, p in G.named_parameters())
+    apart = sum((end[key] - a).abs().sum() for (key, _), a in zip(G.named_parameters(), average))
     assert apart < 0.03 * moved
 
 
