@@ -1139,7 +1139,7 @@ def choose_device(name):
 
 
 def arithmetic(precision, device):
-    """That, or fp32 where the device is a CPU that could only emulate it, two to three times slower."""
+    """That precision, or fp32 where a CPU could only emulate it, two to three times slower."""
     # A CPU that can has, say, avx512_bf16, bf16 or fp16_arith. Older torch has no such function.
     abilities = getattr(torch.cpu, 'get_capabilities', dict)()
     able = device.type != 'cpu' or any(has and precision in what for what, has in abilities.items())

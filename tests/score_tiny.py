@@ -89,8 +89,8 @@ def main(arguments=None):
                         help='the teacher\'s DDIM steps, default: %(default)s')
     parser.add_argument('--picture', help='PNG to write: the first 8 captions by teacher and runs, side by side')
     args = parser.parse_args(arguments)
-    if args.sets < 1 or not 1 <= args.steps <= 1000 or not np.isfinite(args.kappa).all():
-        parser.error('expected --sets of 1 or more, --steps from 1 to 1000, finite --kappa; '
+    if args.sets < 1 or not 1 <= args.steps <= 999 or not np.isfinite(args.kappa).all():
+        parser.error('expected --sets of 1 or more, --steps from 1 to 999, finite --kappa; '
                      f'not {args.sets}, {args.steps}, {args.kappa}')
 
     with sid_lsg.user_errors():         # before the minutes that drawing takes

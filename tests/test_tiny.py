@@ -130,7 +130,7 @@ def test_a_score_is_the_mean_over_sets_of_other_noise_and_other_pictures(tmp_pat
     assert [float(x) for x in row.split()[-10:-8]] == pytest.approx([np.mean(distances), np.std(distances)], abs=0.006)
     other = tmp_path / 'other'                  # a generator that takes other text than this teacher's
     unet.save(unet.UNet((8, 8), 16, 2, 1, 4, (False, True)), other / 'unet')
-    for wrong, fact in ((['--sets', '0'], '--sets'), (['--steps', '-1'], '--steps'), (['--kappa', 'nan'], '--kappa'),
+    for wrong, fact in ((['--sets', '0'], '--sets'), (['--steps', '1000'], '--steps'), (['--kappa', 'nan'], '--kappa'),
                         (['--captions', '1'], 'from 2 to 2000'), (['nowhere'], 'nowhere'), ([str(other)], 'expected text states of 16'),
                         (['--teacher', str(other)], 'other'), (['--picture', str(tmp_path)], '--picture')):
         with pytest.raises(SystemExit, match='2'):
