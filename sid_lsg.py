@@ -71,7 +71,8 @@ import vae as vae_module
 from fid import check, usable_device
 
 TINY_TEACHER = Path(__file__).resolve().parent / 'tests' / 'tiny_sd'
-RANK, WORLD = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))      # torchrun sets them
+WORLD = int(os.environ.get('WORLD_SIZE', 1))        # torchrun sets it and RANK, which alone means nothing
+RANK = int(os.environ.get('RANK', 0)) if WORLD > 1 else 0
 
 # ---------------------------------------------------------------------------------------------------
 # Settings: each field is a command line option. For train, what is left out comes from sid_lsg.json in

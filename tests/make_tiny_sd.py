@@ -64,7 +64,7 @@ def to_net(pictures):
     return (torch.from_numpy(pictures).permute(0, 3, 1, 2).float() - 128) / 127.5
 
 
-def train(model, step, iterations, batch, lr, checkpoint, seed, ema=0.0):
+def train(model, step, iterations, lr, checkpoint, seed, ema=0.0):
     """Adam with a linear decay to zero over `iterations`; `step(generator)` gives the loss of one batch.
 
     Returns the model, or with ema > 0 its average. Continues from `checkpoint` where that file exists."""
@@ -116,7 +116,7 @@ def make_vae(args):
         kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
         return error.abs().mean() + 2 * (error ** 2).mean() + 2e-4 * kl
 
-    vae = train(vae, step, args.iterations or 2400, 32, 2e-3, args.work / 'vae.pt', seed=1, ema=0.995)
+    vae = train(vae, step, args.iterations or 2400, 2e-3, args.work / 'vae.pt', seed=1, ema=0.995)
     vae = vae.to(memory_format=torch.contiguous_format)
     with torch.no_grad():                       # as SD's 0.18215 was found: latents of unit variance
         vae.scale = round(1 / vae.moments(to_net(pictures[:512]))[0].std().item(), 5)
@@ -155,7 +155,7 @@ def make_decoder(args):
 
     halves = torch.nn.ModuleList([vae.post_quant_conv, vae.decoder])
     vae.post_quant_conv, vae.decoder = train(
-        halves, step, args.iterations or 2000, 32, 1e-3, args.work / 'decoder.pt', seed=3, ema=0.995)
+        halves, step, args.iterations or 2000, 1e-3, args.work / 'decoder.pt', seed=3, ema=0.995)
     report_vae(vae)
     vae_module.save(vae, args.out / 'vae', torch.float16)
 
@@ -210,7 +210,7 @@ def make_teacher(args):
 
     both = torch.nn.ModuleList([net, text])
     net_average, text_average = train(
-        both, step, args.iterations or 5200, 64, 1.2e-3, args.work / 'teacher.pt', seed=2, ema=0.999)
+        both, step, args.iterations or 5200, 1.2e-3, args.work / 'teacher.pt', seed=2, ema=0.999)
     net_average.sample_size = net.sample_size
     sid_lsg.write_pipeline(args.out, net_average, vae, text_average, tokenizer, torch.float16, 'DDIM')
     write_rest(args.out)

@@ -244,6 +244,14 @@ def torchrun(script, teacher, folder, settings):
         capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'}, timeout=120)
 
 
+@pytest.mark.parametrize('sets, found', [(dict(RANK='3'), '0 1'), (dict(RANK='3', WORLD_SIZE='4'), '3 4')])
+def test_a_rank_counts_among_several(sets, found):
+    """Left in the environment alone, it would share a batch with nobody and write nothing."""
+    result = subprocess.run([sys.executable, '-c', 'import sid_lsg; print(sid_lsg.RANK, sid_lsg.WORLD)'], cwd=ROOT,
+                            capture_output=True, text=True, env={**os.environ, **sets})
+    assert result.stdout.strip() == found, result.stderr
+
+
 def test_two_processes_are_one(teacher, tmp_path):
     """torchrun with gloo: the same total batch gives the same weights up to the order of summation."""
     settings = {**LENGTH, 'lr': 1e-4, 'fake_lr': 1e-4}

@@ -89,10 +89,10 @@ def test_another_teacher_can_be_made_and_distilled(tmp_path, monkeypatch, capsys
     make('vae')
     assert 'loss' in make('decoder')
     model = torch.nn.Linear(1, 1)
-    average = make_tiny_sd.train(model, lambda _: model.weight.square().sum(), 500, 1, 0.1, tmp_path / 'teacher.pt', 0)
+    average = make_tiny_sd.train(model, lambda _: model.weight.square().sum(), 500, 0.1, tmp_path / 'teacher.pt', 0)
     state = torch.load(tmp_path / 'teacher.pt', weights_only=True)
     assert state['iteration'] == 500 and torch.equal(state['average']['weight'], average.weight)
-    make_tiny_sd.train(model, lambda _: 1 / 0, 500, 1, 0.1, tmp_path / 'teacher.pt', 0)
+    make_tiny_sd.train(model, lambda _: 1 / 0, 500, 0.1, tmp_path / 'teacher.pt', 0)
     assert 'going on from iteration 500' in capsys.readouterr().out
     (tmp_path / 'teacher.pt').unlink()
     make('teacher')
@@ -168,7 +168,8 @@ def test_findings_are_found_once(tmp_path, monkeypatch, capsys):
     update = sid_lsg.Run.update
 
     def interrupted(run, name):
-        os.kill(os.getpid(), signal.SIGINT)
+        if name == 'G':                         # once: seconds later another would stop it at once
+            os.kill(os.getpid(), signal.SIGINT)
         update(run, name)
     with monkeypatch.context() as patch:
         patch.setattr(sid_lsg.Run, 'update', interrupted)
