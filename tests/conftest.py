@@ -2,6 +2,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -40,6 +41,14 @@ def cuda(monkeypatch):
     if VISIBLE is not None:
         monkeypatch.setenv('CUDA_VISIBLE_DEVICES', VISIBLE)
     return sid_lsg.choose_device('cuda')
+
+
+@pytest.fixture
+def now(monkeypatch):
+    """The time, a list of one number: it stands still but where a test moves it."""
+    now = [1000.0]
+    monkeypatch.setattr(time, 'time', lambda: now[0])
+    return now
 
 
 @pytest.fixture(scope='session')

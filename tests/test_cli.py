@@ -225,6 +225,17 @@ def test_sample_goes_on_where_it_was_cut_off_and_shares_work(run, tmp_path):
     assert result.returncode == 2 and 'all/000001.png' in result.stderr and 'delete it' in result.stderr
 
 
+def test_sample_says_how_far_it_is(run, now, tmp_path, monkeypatch):
+    draw = sid_lsg.draw_pictures
+
+    def slow(*arguments):
+        now[0] += 4
+        return draw(*arguments)
+    monkeypatch.setattr(sid_lsg, 'draw_pictures', slow)
+    result = call('sample', 'a red star 1', '--seeds', '0-7', '--batch', 2, '--out', tmp_path, cwd=run[0])
+    assert result.stderr == '4 of 8 pictures, 0.5 a second, 0:00:08 left\n', result.stderr
+
+
 def test_sample_keeps_apart_what_other_settings_drew(run, teacher, tmp_path):
     """One name for two generators, from two places; another folder of words. And what cannot be written is told."""
     folder, _ = run

@@ -426,6 +426,14 @@ def test_memory_stays_flat(tmp_path):
     assert peaks[1] < 1.5 * peaks[0]
 
 
+def test_how_far_it_is(now, tmp_path, capsys):
+    np.save(tmp_path / '8.npy', np.zeros((8, 10, 10, 3), np.uint8))
+    pictures = fid.read_pictures(tmp_path / '8.npy', argparse.Namespace(batch=2, workers=1, skip_bad=False), 'pytorch')
+    for _ in pictures:                          # their number, and four times two
+        now[0] += 4
+    assert re.findall('.* left$', capsys.readouterr().err, re.M) == ['4 of 8 pictures, 0.5 a second, 8 s left']
+
+
 class Code:
     def __reduce__(self):       # who unpickles this makes a folder
         return os.mkdir, ('made by a pickle',)

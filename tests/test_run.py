@@ -360,6 +360,25 @@ def test_a_run_goes_on_with_its_teacher_alone(part, whole, teacher, tmp_path, ca
     assert rows(folder)[-1]['images'] == 112
 
 
+def test_a_status_line_has_the_pace_and_the_means_since_the_last(now, tmp_path, capsys):
+    """It comes every few seconds, the pace is that of this process, and the log has every iteration."""
+    log = sid_lsg.Log(sid_lsg.TrainConfig(batch=8, kimg=1, log_seconds=5), tmp_path / 'log.jsonl')
+    log.images, log.seconds = 400, 50.0         # of the run that it goes on with
+    for i in range(5):
+        now[0] += 2
+        for half in (0, 1):                     # micro-batches add up
+            log.add(**{name: torch.tensor(k * i / 2) for k, name in enumerate(
+                ('loss_fake', 'loss_G', 'xg_xphi', 'xphi_xpsi', 'grad_fake', 'grad_G', 'nan_samples', 'bad_grads', 'lost_grads'))})
+        log.end(408 + 8 * i, now=i == 4)
+    lines = capsys.readouterr().out.splitlines()
+    assert [' '.join(line.split()) for line in lines] == [
+        '424 images 250.0 s per 1,000 0:02:24 left loss fake 0.0 G 1.0 |xg-xphi| 2.000 |xphi-xpsi| 3.000 grad fake 4.0 G 5.0 39 NaN',
+        '440 images 250.0 s per 1,000 0:02:20 left loss fake 0.0 G 3.5 |xg-xphi| 7.000 |xphi-xpsi| 10.500 grad fake 14.0 G 17.5'
+        ' 91 NaN']
+    assert [(row['images'], row['seconds'], row['loss_G']) for row in map(json.loads, open(tmp_path / 'log.jsonl'))] == [
+        (408 + 8 * i, 52 + 2 * i, i) for i in range(5)]
+
+
 def test_a_log_that_a_crash_tore_or_took_is_no_hindrance(whole, tmp_path):
     folder = copy_of(whole, tmp_path / 'run')
     log = folder / 'log.jsonl'
