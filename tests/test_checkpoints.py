@@ -583,6 +583,7 @@ FILES = {                                                   # what it is: (build
     'ckpt cut off in its last byte': (cut(-1, torch_file(halves)), ALL, 'cut'),
     'ckpt of the old kind, cut off': (cut(1000, torch_file(halves, _use_new_zipfile_serialization=False)), ALL, 'cut'),
     'a single byte': (content(b'\x80', 'model-v1.ckpt'), ALL, 'cut'),
+    'a list of tensors': (torch_file(lambda weights: [torch.zeros(1)]), ALL, 'by name'),
     'tensors by number': (torch_file(lambda weights: {1: torch.zeros(1)}), ALL),
     'SDXL': (edited(as_sdxl), ALL, XL),
     'SD 2': (edited(as_sd2), ('unet', 'text_encoder'), TWO),
@@ -688,6 +689,7 @@ FOLDERS = {                                                 # what is wrong: (ho
     'no config.json, vae': (lambda f: (f / 'vae' / 'config.json').unlink(), 'vae', 'config.json'),
     'no config.json, text': (lambda f: (f / 'text_encoder' / 'config.json').unlink(), 'text_encoder', 'config.json'),
     'config.json cut off': (lambda f: (f / 'unet' / 'config.json').write_text('{"a": '), 'unet', 'config.json'),
+    'config.json a list': (lambda f: (f / 'unet' / 'config.json').write_text('[1]'), 'unet', 'by name'),
     'config.json a pointer': (lambda f: (f / 'unet' / 'config.json').write_bytes(LFS), 'unet', 'config.json'),
     'no weights': (lambda f: (f / 'unet' / 'diffusion_pytorch_model.safetensors').unlink(), 'unet', 'diffusion_pytorch_model'),
     'only unaveraged weights': (lambda f: (f / 'unet' / 'diffusion_pytorch_model.safetensors').rename(

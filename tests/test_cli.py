@@ -403,6 +403,8 @@ def test_a_long_prompt_is_cut_with_a_warning(run):
     assert result.returncode == 0 and 'cut: "' in result.stderr
     assert 'and the end"' in result.stderr and '星月"' in result.stderr     # few characters, three bytes each
     assert 'İİİİİ"' in result.stderr        # 60 bytes, and 90 in lower case
+    result = call('sample', *['a red star ' * 30] * 5, '--out', 'five', cwd=folder)
+    assert result.stderr.count('cut: "') == 3 and '2 more prompts' in result.stderr
     result = call('sample', 'a red star ' * 5000, '--out', 'longer', cwd=folder)
     assert result.returncode == 0 and 'cut: "' in result.stderr and len(result.stderr) < 1000
 

@@ -1,5 +1,6 @@
 """A run that loses nothing: interrupted, killed, resumed, shared by processes, short of memory, disk or sense."""
 
+import dataclasses
 import json
 import os
 import resource
@@ -518,7 +519,7 @@ def test_out_of_memory_names_the_next_option(teacher, tmp_path, monkeypatch, cap
         (8, 'bf16'), (1, 'fp32'), (1, 'bf16'))] == ['try --batch 4', 'try --precision bf16', 'try a smaller --size']
 
 
-def test_a_run_can_score_itself_by_fid(teacher, tmp_path, monkeypatch):
+def test_a_run_can_score_itself_by_fid(teacher, tmp_path, monkeypatch, capsys):
     """The FID that it logs is fid.py's of the pictures that its generator draws, prompt i with seed i."""
     class Eyes(torch.nn.Module):                # stands for Inception, which takes seconds a picture on a CPU
         sha256 = 'none'
@@ -553,6 +554,24 @@ def test_a_run_can_score_itself_by_fid(teacher, tmp_path, monkeypatch):
     stats = fid.load_stats(tmp_path / 'stats.npz')
     expected = fid.frechet_distance(moments.mu, moments.sigma, stats['mu'], stats['sigma'])
     assert found[96] == pytest.approx(expected, rel=1e-3)
+
+    run = sid_lsg.Run(sid_lsg.make_config(sid_lsg.TrainConfig, dict(resume=str(tmp_path / 'run'))))
+    with monkeypatch.context() as patch:        # two processes draw every other picture, one after the other here
+        parts = []
+        patch.setattr(sid_lsg, 'WORLD', 2)
+        patch.setattr(sid_lsg.dist, 'is_initialized', lambda: True)
+        for rank, talk in (1, lambda x: parts.append(x.clone())), (0, lambda x: x.add_(parts.pop(0))):
+            patch.setattr(sid_lsg, 'RANK', rank)
+            patch.setattr(sid_lsg.dist, 'all_reduce', talk)
+            assert run.score(96) == (rank == 0)         # half of the pictures are no score
+    run.close()
+    again = [row['fid'] for row in rows(tmp_path / 'run') if 'fid' in row]
+    assert len(again) == 3 and again[2] == pytest.approx(found[96], rel=1e-3)
+
+    fid.save_stats(tmp_path / 'bare.npz', np.zeros(2048), np.eye(2048), 0, '', 'another')
+    sid_lsg.open_scoring(dataclasses.replace(run.config, fid_stats=str(tmp_path / 'bare.npz')), [], run.device)
+    said = capsys.readouterr().err
+    assert 'another file of weights' in said and 'clean is assumed' in said
 
     with monkeypatch.context() as patch:        # a score that fails costs no state
         patch.setattr(sid_lsg.Run, 'score', lambda run, seen: sid_lsg.check(False, 'no score'))
