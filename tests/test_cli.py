@@ -1,6 +1,7 @@
 """The command line as a user has it: train, then sample, on a teacher of random weights; and what is refused, how."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -503,6 +504,14 @@ def test_refusals(name, mess, teacher, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert stop.value.code == 2 and fact in error and 'Traceback' not in error
     assert sorted(mess.rglob('*')) == before
+
+
+def test_settings_at_their_limits_are_no_mistake():
+    low = sid_lsg.TrainConfig(kappa=(1.5,) * 3, batch=1, micro_batch=1, t_min=0, t_max=1, t_init=0, drop=0.0, kimg=1e-9, fid_num=2)
+    high = dataclasses.replace(low, batch=8, t_min=999, t_max=1000, t_init=999, drop=1.0, progress_samples=17)
+    for config in (low, high):
+        sid_lsg.check_kinds(config)
+        sid_lsg.check_numbers(config)
 
 
 @pytest.mark.parametrize('error, code, said', [
