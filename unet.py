@@ -299,6 +299,18 @@ class UNet(nn.Module):
 # Diffusion 1.5 is found in, and says in a sentence what a file is that is something else. Names of
 # files and tensors are those of the real ones; where they are from stands in tests/test_checkpoints.py.
 
+class UserError(Exception):
+    """A user's mistake, told in one plain sentence: what was found, what is needed, what to do.
+
+    The command lines print it and exit with code 2. Every other exception is a bug and keeps its traceback."""
+
+
+def check(condition, message):
+    """Raise UserError with this message unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
 # In an original file, one for everything, a part's tensors begin with its prefix.
 PREFIX = {'unet': 'model.diffusion_model.', 'vae': 'first_stage_model.',
           'text_encoder': 'cond_stage_model.'}

@@ -6,8 +6,9 @@ every object with its colour, shape, size and place, by measuring, with no train
 compares that with the caption.
 """
 
-from itertools import product
+import functools
 import math
+from itertools import product
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -32,6 +33,7 @@ TURN = 10                       # degrees either way
 # Captions. A scene is (background, relation, objects): relation is 'small' or 'large' with one object,
 # 'left of' or 'above' with two; an object is (color, shape).
 
+@functools.cache
 def all_scenes():
     """Every scene of the world: 384 with one object, 16,128 with two of different colours."""
     things = list(product(COLORS, SHAPES))
@@ -58,6 +60,30 @@ def scene_of(text):
             return background, relation, tuple(tuple(part.split()[1:]) for part in parts)
     _, size, color, shape = what.split()
     return background, size, ((color, shape),)
+
+
+def misdescribe(scene, rng, wrong=0.06, unrelated=0.02):
+    """A scene to caption `scene` with: often itself, sometimes wrong. Drawn from the numpy Generator `rng`.
+
+    With probability `unrelated` it is a random other scene. Then each attribute is replaced by another value
+    with probability `wrong`; the two objects keep different colors.
+
+    The captions of the web are often wrong, so what Stable Diffusion learns for a prompt is a mixture of
+    images that follow it and images that do not. Guidance sharpens that mixture, which is why Stable Diffusion
+    needs it. Captions that are wrong in the same way give the tiny teacher the same need."""
+    if rng.random() < unrelated:
+        scene = all_scenes()[rng.integers(len(all_scenes()))]
+    def other(value, values):
+        left = [v for v in values if v != value]
+        return left[rng.integers(len(left))] if rng.random() < wrong else value
+    background, relation, objects = scene
+    background = other(background, BACKGROUNDS)
+    relation = other(relation, ('small', 'large') if len(objects) == 1 else ('left of', 'above'))
+    objects = [(color, other(shape, SHAPES)) for color, shape in objects]
+    for i, (color, shape) in enumerate(objects):
+        taken = {c for c, _ in objects} - {color}
+        objects[i] = (other(color, [c for c in COLORS if c not in taken]), shape)
+    return background, relation, tuple(objects)
 
 
 # ---------------------------------------------------------------------------------------------------
