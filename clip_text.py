@@ -1,75 +1,81 @@
-"""CLIP ViT-L/14's tokenizer and text encoder, as used by Stable Diffusion 1.5, from scratch in one file.
+"""CLIP ViT-L/14's tokenizer and text encoder, as Stable Diffusion 1.5 uses them, from scratch.
 
-Prompts become (B, 77) token ids and then (B, 77, 768) states: the last layer's output after the final
-LayerNorm, with neither pooling nor projection (ldm/modules/encoders/modules.py 152-159). Module names
-are those of transformers' CLIPTextModel as published checkpoints bear them, so loading is a strict
-load_state_dict.
+Prompts become token ids (B, 77), and these become text embeddings (B, 77, 768): the output of the
+last layer after the final LayerNorm, without pooling and projection (CompVis/stable-diffusion
+@21f890f, ldm/modules/encoders/modules.py 152-159). Module names are those of transformers'
+CLIPTextModel in published checkpoints.
 
-    tokenizer, encoder = load_tokenizer(path), load(path);  context = encoder(tokenizer(['a red star']))
+    tokenizer = load_tokenizer('path/to/checkpoint')
+    encoder = load('path/to/checkpoint')
+    context = encoder(tokenizer(['a red star']))
 """
 
-import contextlib
-import json
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Regex, Tokenizer as Engine, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer as Engine, models, normalizers, pre_tokenizers
 from torch import nn
 
-LENGTH = 77         # positions, the start and end tokens included
+from unet import PREFIX, UserError, check, check_config, fill, locate, open_part, read_json
+from unet import save_part, size
 
-# One word, before byte-pair encoding: CLIP's own pattern (openai/CLIP simple_tokenizer.py, `self.pat`).
-# Digits stand alone; 's and its like are cut off; anything else that is no space keeps together.
-WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+LENGTH = 77         # tokens of a prompt, with the start and end tokens
+
+# Byte-pair encoding works within words. This pattern of a word is `self.pat` of openai/CLIP
+# simple_tokenizer.py: letters, one digit, or other characters; endings such as 's are words too.
+WORD = (r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|"
+        r"[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+START, END = '<|startoftext|>', '<|endoftext|>'
 
 
 class Tokenizer:
-    """CLIP's lower-cased byte-level BPE over a checkpoint's vocab.json and merges.txt.
+    """CLIP's lower-cased byte-level BPE. tokenizer(list of B prompts) -> ids (B, 77) int64.
 
-    tokenizer(list of str) -> (B, 77) int64: start token, at most 75 tokens of text, end token, and the
-    end token again up to 77, for it is SD's padding too. The ids in text_encoder/config.json (bos 0,
-    eos 2) are wrong.
+    A prompt becomes the start token, at most 75 tokens of text, and end tokens up to 77, because SD
+    pads with the end token. (SD 1.5's text_encoder/config.json names other ids, which are wrong.)
 
-    Equal to transformers 5's CLIPTokenizer. The transformers 4 slow class that the paper's code used also
-    repaired text with ftfy first (curly quotes, HTML entities, mojibake, full-width letters) and dropped
-    control characters; this one does not, since ftfy is a seventh package: none of the 30,000 COCO
-    captions is tokenised differently.
+    vocab is {token: id}, merges a list of pairs of tokens, and added a list of AddedToken, such as
+    those of textual inversion; their ids follow the vocabulary's.
+
+    The ids equal those of transformers 5. The slow tokenizer of transformers 4, which the official
+    code uses, also repairs text with ftfy: curly quotes, HTML entities and the like. We do not,
+    because ftfy would be a seventh package. It changes none of the 30,000 COCO captions.
     """
 
-    def __init__(self, vocab, merges):
-        self.vocab, self.merges = vocab, merges
-        self.start, self.end = vocab['<|startoftext|>'], vocab['<|endoftext|>']
-        self.engine = Engine(
-            models.BPE(vocab=vocab, merges=merges, end_of_word_suffix='</w>', unk_token='<|endoftext|>'))
+    def __init__(self, vocab, merges, added=()):
+        self.vocab, self.merges, self.added = vocab, merges, list(added)
+        self.start, self.end = vocab[START], vocab[END]
+        self.engine = Engine(models.BPE(
+            vocab=vocab, merges=merges, end_of_word_suffix='</w>', unk_token=END))
         self.engine.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
         self.engine.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Split(Regex(WORD), behavior='removed', invert=True),
              pre_tokenizers.ByteLevel(add_prefix_space=False)])
-        # Spelled out in a prompt these two are their own ids, as in every CLIP tokenizer of transformers.
-        self.engine.add_special_tokens(['<|startoftext|>', '<|endoftext|>'])
+        # A prompt that spells these out gets their ids, as in transformers.
+        self.engine.add_special_tokens([START, END])
+        self.engine.add_tokens(self.added)
+        self.size = self.engine.get_vocab_size()
 
-    def __call__(self, texts):
-        assert not isinstance(texts, str), 'expected a list of prompts, got one string'
+    def __call__(self, prompts):
         rows = []
-        for encoding in self.engine.encode_batch(list(texts), add_special_tokens=False):
+        for encoding in self.engine.encode_batch(list(prompts), add_special_tokens=False):
             ids = encoding.ids[:LENGTH - 2]         # cut the text, never the end token
             rows.append([self.start, *ids] + [self.end] * (LENGTH - 1 - len(ids)))
         return torch.tensor(rows, dtype=torch.int64).reshape(-1, LENGTH)
 
-    def lost(self, text):
-        """The end of `text` that does not fit into 77 positions and is cut off; '' where all fits."""
-        encoding = self.engine.encode(text, add_special_tokens=False)
-        return text[encoding.offsets[LENGTH - 2][0]:] if len(encoding) > LENGTH - 2 else ''
+    def cut(self, prompt):
+        """Return the end of a prompt that does not fit into 77 tokens, '' if all of it fits."""
+        encoding = self.engine.encode(prompt, add_special_tokens=False)
+        fits = len(encoding) <= LENGTH - 2
+        return '' if fits else prompt[encoding.offsets[LENGTH - 2][0]:]
 
 
 class Attention(nn.Module):
-    """Causal self-attention (B, L, C) -> (B, L, C). Padding is attended to as text: SD passes no mask."""
+    """Causal self-attention, (B, L, C) -> (B, L, C). SD passes no mask: padding is attended to."""
 
     def __init__(self, width, heads):
         super().__init__()
-        if width % heads:
-            raise ValueError(f'{width} numbers cannot be shared by {heads} heads')
         self.heads = heads
         self.q_proj = nn.Linear(width, width)
         self.k_proj = nn.Linear(width, width)
@@ -91,14 +97,13 @@ class MLP(nn.Module):
 
     def forward(self, x):
         h = self.fc1(x)
-        # CLIP's "quick GELU": transformers activations.py 123.
-        return self.fc2(h * torch.sigmoid(1.702 * h))
+        return self.fc2(h * torch.sigmoid(1.702 * h))      # QuickGELU: openai/CLIP model.py 166-168
 
 
 class Layer(nn.Module):
     def __init__(self, width, heads, hidden):
         super().__init__()
-        self.layer_norm1 = nn.LayerNorm(width, eps=1e-5)    # layer_norm_eps of text_encoder/config.json
+        self.layer_norm1 = nn.LayerNorm(width, eps=1e-5)
         self.self_attn = Attention(width, heads)
         self.layer_norm2 = nn.LayerNorm(width, eps=1e-5)
         self.mlp = MLP(width, hidden)
@@ -109,121 +114,143 @@ class Layer(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """CLIP's text transformer: tokens (B, 77) -> states (B, 77, width).
-
-    The defaults are ViT-L/14's 123 M weights."""
+    """CLIP's text transformer. The defaults are ViT-L/14's, with 123 M weights."""
 
     def __init__(self, vocab=49408, width=768, layers=12, heads=12, hidden=3072):
         super().__init__()
-        # Bare modules serve as name spaces: published keys begin with text_model.embeddings,
-        # text_model.encoder, ...
+        self.sizes = dict(vocab=vocab, width=width, layers=layers, heads=heads, hidden=hidden)
+        # Plain modules give the published names: text_model.embeddings, text_model.encoder, ...
         self.text_model = nn.Module()
         self.text_model.embeddings = nn.Module()
-        for name, size in (('token_embedding', vocab), ('position_embedding', LENGTH)):
-            # Uniform, not normal as nn.Embedding itself: on the meta device, where load() builds the net,
-            # torch imports all of torch._dynamo to draw that, over two seconds.
-            start = torch.empty(size, width).uniform_(-1, 1)
-            setattr(self.text_model.embeddings, name, nn.Embedding.from_pretrained(start, freeze=False))
+        for name, count in (('token_embedding', vocab), ('position_embedding', LENGTH)):
+            # Uniform, because drawing normal numbers on the meta device makes torch import
+            # torch._dynamo, which takes two seconds.
+            start = torch.empty(count, width).uniform_(-1, 1)
+            embedding = nn.Embedding.from_pretrained(start, freeze=False)
+            setattr(self.text_model.embeddings, name, embedding)
         self.text_model.encoder = nn.Module()
-        self.text_model.encoder.layers = nn.ModuleList(Layer(width, heads, hidden) for _ in range(layers))
+        self.text_model.encoder.layers = nn.ModuleList(
+            Layer(width, heads, hidden) for _ in range(layers))
         self.text_model.final_layer_norm = nn.LayerNorm(width, eps=1e-5)
 
     def forward(self, tokens):
+        """Embed tokens (B, 77) int64 as text embeddings (B, 77, width)."""
         embeddings = self.text_model.embeddings
-        x = embeddings.token_embedding(tokens) + embeddings.position_embedding.weight   # (B, 77, width)
+        x = embeddings.token_embedding(tokens) + embeddings.position_embedding.weight
         for layer in self.text_model.encoder.layers:
             x = layer(x)
         return self.text_model.final_layer_norm(x)
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Files
 
-# Where to look in the local cache when a checkpoint has none: all SD 1.x have CLIP ViT-L/14's tokenizer.
-TOKENIZERS = ('stable-diffusion-v1-5/stable-diffusion-v1-5', 'openai/clip-vit-large-patch14')
+# All entries of transformers' config.json, apart from sizes, that change the text embeddings.
+FIXED = {'hidden_act': 'quick_gelu', 'layer_norm_eps': 1e-5, 'max_position_embeddings': LENGTH}
+SIZES = {'vocab': 'vocab_size', 'width': 'hidden_size', 'layers': 'num_hidden_layers',
+         'heads': 'num_attention_heads', 'hidden': 'intermediate_size'}
+
+
+def read_prompts(path):
+    """Return the lines of a UTF-8 text file, one prompt or caption each, without empty lines."""
+    try:
+        text = Path(path).read_text(encoding='utf-8-sig')
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f'{path} must be a UTF-8 text file with one prompt per line ({error}); '
+                        'give another file') from None
+    prompts = [line.strip() for line in text.split('\n')]
+    prompts = [prompt for prompt in prompts if prompt]
+    check(prompts, f'{path} has no prompts; it must have one per line')
+    check('\0' not in text and prompts[0][0] not in '{[',
+          f'{path} holds JSON or binary data; it must be plain text with one prompt per line')
+    return prompts
+
+
+def tokenizer_folder(path):
+    """Return the folder with the tokenizer of a checkpoint, or `path` if that is such a folder.
+
+    An original file has none. All SD 1.x use the tokenizer of CLIP ViT-L/14, so we look for that in
+    the local Hugging Face cache."""
+    root = locate(path)
+    if root.is_file():
+        try:
+            root = locate('openai/clip-vit-large-patch14')
+        except UserError:
+            raise UserError(f'{path} is a single file, which has no tokenizer; give --tokenizer, '
+                            'the tokenizer folder of any Stable Diffusion 1.5') from None
+    return root / 'tokenizer' if (root / 'tokenizer').is_dir() else root
 
 
 def load_tokenizer(path):
-    """The tokenizer in `path`: a folder with vocab.json and merges.txt, or with such a tokenizer/ inside.
-
-    A repo id in the local Hugging Face cache will do as well. A single file has no tokenizer; then the
-    cache's is taken, if there is one."""
-    import unet
-    folder = unet.locate(path)
-    if folder.is_file():
-        for name in TOKENIZERS:
-            with contextlib.suppress(FileNotFoundError):
-                return load_tokenizer(unet.locate(name))
-        raise FileNotFoundError(
-            f'{folder} is a single file, which has no tokenizer; give a folder with the vocab.json and '
-            'merges.txt of SD 1.5 (the tokenizer/ of its repository, 1.6 MB) with --tokenizer')
-    if (folder / 'tokenizer').is_dir():
-        folder = folder / 'tokenizer'
-    for name in ('vocab.json', 'merges.txt'):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f'expected a CLIP tokenizer at {folder}, found no {name} there; '
-                                    'give the folder that holds tokenizer/ or that folder itself')
-    vocab = unet.read_json(folder / 'vocab.json')
-    lines = (folder / 'merges.txt').read_text(encoding='utf-8', errors='replace').split('\n')
-    merges = [tuple(line.split()) for line in lines if line and not line.startswith('#version')]
+    """Load the tokenizer of a checkpoint: tokenizer.json, or vocab.json and merges.txt."""
+    folder = tokenizer_folder(path)
+    names = {entry.name for entry in folder.iterdir()}
+    check('tokenizer.json' in names or {'vocab.json', 'merges.txt'} <= names,
+          f'{folder} must hold vocab.json and merges.txt, or tokenizer.json, found '
+          f'{", ".join(sorted(names)) or "nothing"}; download the tokenizer of SD 1.5')
     try:
-        return Tokenizer(vocab, merges)
-    except Exception as error:          # tokenizers raises nothing more special
-        raise ValueError(f'vocab.json and merges.txt in {folder} are not a CLIP tokenizer '
-                         f'({" ".join(str(error).split())[:200]}); download both again') from None
-
-
-def save_tokenizer(tokenizer, folder):
-    """Write vocab.json, merges.txt and a config, for load_tokenizer() here and transformers to open."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = ['#version: 0.2', *(f'{a} {b}' for a, b in tokenizer.merges)]
-    facts = {'tokenizer_class': 'CLIPTokenizer', 'model_max_length': LENGTH, 'do_lower_case': True,
-             'bos_token': '<|startoftext|>', 'eos_token': '<|endoftext|>', 'pad_token': '<|endoftext|>',
-             'unk_token': '<|endoftext|>'}
-    (folder / 'vocab.json').write_text(
-        json.dumps(tokenizer.vocab, ensure_ascii=False) + '\n', encoding='utf-8')
-    (folder / 'merges.txt').write_text('\n'.join(lines) + '\n', encoding='utf-8')
-    (folder / 'tokenizer_config.json').write_text(json.dumps(facts, indent=2) + '\n')
+        if 'tokenizer.json' in names:
+            content = read_json(folder / 'tokenizer.json')
+            vocab, merges = content['model']['vocab'], content['model']['merges']
+            added = content['added_tokens']
+        else:
+            vocab = read_json(folder / 'vocab.json')
+            merges = (folder / 'merges.txt').read_text(encoding='utf-8').split('\n')
+            merges = [line for line in merges if line and not line.startswith('#version')]
+            config = folder / 'tokenizer_config.json'
+            added = read_json(config).get('added_tokens_decoder', {}) if config.is_file() else {}
+            added = [{'id': int(number), **token} for number, token in added.items()]
+        merges = [tuple(pair.split()) if isinstance(pair, str) else tuple(pair) for pair in merges]
+        added = sorted((token for token in added if token['id'] >= len(vocab)),
+                       key=lambda token: token['id'])
+        ids = [token.pop('id') for token in added]
+        if ids != list(range(len(vocab), len(vocab) + len(added))):
+            raise ValueError(f'the ids {ids} of added tokens do not follow the vocabulary')
+        return Tokenizer(vocab, merges, [AddedToken(**token) for token in added])
+    except Exception as error:          # the tokenizers library raises nothing more specific
+        raise UserError(f'{folder} holds no CLIP tokenizer ({type(error).__name__}: {error}); '
+                        'download the tokenizer of SD 1.5') from None
 
 
 def load(path, dtype=torch.float32):
-    """The text encoder in `path`, in that dtype (None: the file's) and eval mode.
-
-    path: a folder in diffusers layout (with a text_encoder/ inside, or that folder itself) whose
-    config.json sizes the net; an original .safetensors or .ckpt, sized by its tensors' shapes; or a repo
-    id in the local Hugging Face cache. Raises FileNotFoundError or ValueError with a sentence."""
-    import unet         # reads all files; here, since the net above needs nothing of it
-    config, tensors, file = unet.open_part(path, 'text_encoder')
-    prefix = '' if config is not None else unet.PREFIX['text_encoder'] + 'transformer.'
-
-    def names(key):     # without the first component in what transformers since 5.6 writes, and NAI wrote
-        return [prefix + key, prefix + key.removeprefix('text_model.')]
-    if config is None:
-        def side(key, axis, default):
-            return next((tensors[name].shape[axis] for name in names(key) if name in tensors), default)
-        config = dict(
-            vocab_size=side('text_model.embeddings.token_embedding.weight', 0, 49408),
-            hidden_size=side('text_model.embeddings.token_embedding.weight', 1, 768),
-            intermediate_size=side('text_model.encoder.layers.0.mlp.fc1.weight', 0, 3072),
-            num_hidden_layers=12, num_attention_heads=12)
-    encoder = unet.sized(lambda: TextEncoder(
-        config['vocab_size'], config['hidden_size'], config['num_hidden_layers'],
-        config['num_attention_heads'], config['intermediate_size']), file)
-    return unet.fill(encoder, tensors, names, file, dtype, scope=prefix and unet.PREFIX['text_encoder'])
+    """Load a text encoder in `dtype` and eval mode; path as in unet.load()."""
+    config, tensors, file = open_part(path, 'text_encoder')
+    sizes, prefix = {}, PREFIX['text_encoder']
+    if config is not None:
+        check_config(config, FIXED, file)
+        prefix = ''
+        sizes = {name: size(config, key, file) for name, key in SIZES.items()}
+        check(sizes['width'] % sizes['heads'] == 0,
+              f'the config of {file} has hidden_size {sizes["width"]}, which must be a multiple of '
+              f'num_attention_heads {sizes["heads"]}')
+    with torch.device('meta'):
+        encoder = TextEncoder(**sizes)
+    names = {}
+    for key in encoder.state_dict():
+        short = prefix + key.removeprefix('text_model.')    # what transformers 5.6 and newer writes
+        names[key] = short if short in tensors else prefix + key
+    return fill(encoder, tensors, names, file, dtype, prefix)
 
 
-def save(encoder, folder, dtype=torch.float32):
-    """Write config.json and safetensors, for load() here and transformers' CLIPTextModel to open."""
-    import unet
-    model = encoder.text_model
-    vocab, width = model.embeddings.token_embedding.weight.shape
-    config = {
-        'architectures': ['CLIPTextModel'], 'model_type': 'clip_text_model', 'vocab_size': vocab,
-        'hidden_size': width, 'num_hidden_layers': len(model.encoder.layers),
-        'num_attention_heads': model.encoder.layers[0].self_attn.heads,
-        'intermediate_size': model.encoder.layers[0].mlp.fc1.out_features,
-        'max_position_embeddings': LENGTH, 'hidden_act': 'quick_gelu', 'layer_norm_eps': 1e-5,
-        'projection_dim': width, 'bos_token_id': vocab - 2, 'eos_token_id': vocab - 1,
-        'pad_token_id': vocab - 1}
-    unet.write_part('text_encoder', encoder, config, folder, dtype)
+def original(encoder):
+    """Return {name: tensor} of a text encoder as an original file holds it, for load()."""
+    with torch.device('meta'):
+        sizes = TextEncoder().sizes
+    check(encoder.sizes == sizes, f'an original file holds a text encoder of SD 1.5\'s size, not '
+                                  f'{encoder.sizes}; write a folder instead')
+    tensors = {PREFIX['text_encoder'] + key: w for key, w in encoder.state_dict().items()}
+    positions = torch.arange(LENGTH)[None]
+    return {**tensors, PREFIX['text_encoder'] + 'text_model.embeddings.position_ids': positions}
+
+
+def save(encoder, folder, dtype=torch.float32, added=0):
+    """Write config.json and weights, for load() and for transformers' CLIPTextModel.
+
+    added is the number of added tokens, which come after the end token."""
+    sizes = encoder.sizes
+    end = sizes['vocab'] - added - 1
+    config = {**FIXED, **{key: sizes[name] for name, key in SIZES.items()},
+              'architectures': ['CLIPTextModel'], 'model_type': 'clip_text_model',
+              'projection_dim': sizes['width'],
+              'bos_token_id': end - 1, 'eos_token_id': end, 'pad_token_id': end}
+    save_part('text_encoder', encoder, config, folder, dtype)

@@ -1,50 +1,49 @@
-"""SiD-LSG: distil Stable Diffusion 1.5, without data, into a generator that makes a picture in one step.
+"""SiD-LSG: distil Stable Diffusion 1.5, without data, into a generator of one step per image.
 
 Zhou et al., "Long and Short Guidance in Score identity Distillation for One-Step Text-to-Image
-Generation", arXiv 2406.01561 (the paper); the loss without guidance is Score identity Distillation,
-arXiv 2404.04057 (SiD).
+Generation", arXiv 2406.01561 (the paper). Without guidance it is Score identity Distillation (SiD),
+arXiv 2404.04057. "Official" is the authors' code, mingyuanzhou/SiD-LSG @709fc22.
 
     python sid_lsg.py train                 # the tiny teacher of tests/tiny_sd, minutes on a laptop
-    python sid_lsg.py train --teacher PATH --prompts FILE   # a Stable Diffusion 1.5, the paper's defaults
+    python sid_lsg.py train --teacher PATH --prompts FILE       # SD 1.5, with the paper's defaults
     python sid_lsg.py sample "a red star above a blue ring on a black background"
-    python sid_lsg.py convert runs/000 student              # for other programs
+    python sid_lsg.py export runs/000 student                   # for diffusers and web UIs
 
-    paper            | here      | shape (SD 1.5, 512 px) | what it is
-    -----------------|-----------|------------------------|-----------------------------------------------
-    c                | context   | (B, 77, 768)           | text states of the prompts
-                     | null      | (1, 77, 768)           | text states of ""
-    z                | z         | (B, 4, 64, 64)         | standard normal noise, the generator's input
-    G_theta          | G         |                        | generator, a UNet; `ema` is its moving average
+    paper            | here      | shape (SD 1.5, 512 px) | meaning
+    -----------------|-----------|------------------------|----------------------------------------
+    c                | context   | (B, 77, 768)           | text embeddings of the prompts
+                     | null      | (1, 77, 768)           | text embeddings of the empty prompt
+    z                | z         | (B, 4, 64, 64)         | standard normal noise
+    G_theta          | G         |                        | generator, a UNet; `ema` is its EMA
     f_phi            | teacher   |                        | the pretrained UNet, frozen
-    f_psi            | fake      |                        | fake score net: a UNet following G's pictures
-    x_g = G(z, c)    | x_g       | (B, 4, 64, 64)         | latent made by the generator in one step
-    t                | t         | (B,)                   | step of the diffusion, uniform in [20, 979]
+    f_psi            | fake      |                        | fake score network, a UNet that learns
+                     |           |                        | to denoise the generator's images
+    x_g = G(z, c)    | x_g       | (B, 4, 64, 64)         | generated latents
+    t                | t         | (B,)                   | timesteps, uniform in [20, 979]
     epsilon          | eps       | (B, 4, 64, 64)         | standard normal noise
-    a_t, sigma_t     | ALPHA[t], SIGMA[t]                 | the noise schedule; has nothing to do with alpha
+    a_t, sigma_t     | ALPHA[t], SIGMA[t]                 | noise schedule (not the alpha below)
     x_t              | x_t       | (B, 4, 64, 64)         | a_t x_g + sigma_t eps
-    s                | t_init    |                        | the one step given to the generator, 625
-    epsilon hat      | eps_hat   | (B, 4, 64, 64)         | noise in x_t as a net predicts it, guided
-    f_phi(x_t, c)    | x_phi     | (B, 4, 64, 64)         | x_g as the teacher restores it from x_t, guided
-    f_psi(x_t, c)    | x_psi     | (B, 4, 64, 64)         | x_g as fake restores it from x_t, guided
+    s                | t_init    |                        | the generator's timestep, 625
+    epsilon hat      | eps_hat   | (B, 4, 64, 64)         | predicted noise
+    f_phi(x_t, c)    | x_phi     | (B, 4, 64, 64)         | the teacher's x0-prediction, guided
+    f_psi(x_t, c)    | x_psi     | (B, 4, 64, 64)         | the fake network's x0-prediction, guided
     kappa_1          | kappa[0]  |                        | guidance of fake while it learns
-    kappa_2, kappa_3 | kappa[1]  |                        | guidance of fake in the generator's loss
-    kappa_4          | kappa[2]  |                        | guidance of teacher in the generator's loss
-    alpha            | alpha     |                        | weight of the subtracted |x_phi - x_psi|^2
+    kappa_2, kappa_3 | kappa[1]  |                        | guidance of fake in G's loss
+    kappa_4          | kappa[2]  |                        | guidance of teacher in G's loss
+    alpha            | alpha     |                        | weight of |x_phi - x_psi|^2 in G's loss
 
-Read train(), then the six functions right above it. G, ema and fake start as copies of the teacher.
+Read train(), then the six functions directly above it. G, ema and fake start as copies of the
+teacher.
 """
 
 import argparse
 import contextlib
 import copy
-import ctypes
 import functools
 import hashlib
-import io
 import json
 import math
 import os
-import pickle
 import shutil
 import signal
 import sys
@@ -60,7 +59,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
-from safetensors import SafetensorError
+from safetensors import safe_open
 from torch.optim.adam import adam
 from torch.utils.checkpoint import checkpoint
 
@@ -68,344 +67,303 @@ import clip_text
 import fid
 import unet
 import vae as vae_module
-from fid import check, usable_device
+from unet import UserError, check
 
-TINY_TEACHER = Path(__file__).resolve().parent / 'tests' / 'tiny_sd'
-WORLD = int(os.environ.get('WORLD_SIZE', 1))        # torchrun sets it and RANK, which alone means nothing
-RANK = int(os.environ.get('RANK', 0)) if WORLD > 1 else 0
+PROJECT = Path(__file__).resolve().parent
+TINY_TEACHER = PROJECT / 'tests' / 'tiny_sd'
+# torchrun sets LOCAL_RANK. A machine may have the other two for reasons of its own.
+TORCHRUN = 'LOCAL_RANK' in os.environ
+WORLD = int(os.environ['WORLD_SIZE']) if TORCHRUN else 1
+RANK = int(os.environ['RANK']) if TORCHRUN else 0
+DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 
-# ---------------------------------------------------------------------------------------------------
-# Settings: each field is a command line option. For train, what is left out comes from sid_lsg.json in
-# the teacher's folder if there is one, and else is the paper's, which stands here.
+
+# -------------------------------------------------------------------------------------------------
+# Settings. Each field is an option of the command line. The defaults of train are the paper's. A
+# file sid_lsg.json in the teacher's folder can replace them, as the tiny teacher's does.
 
 def option(default, help, **more):
-    """A setting: default and help; and for the command line `choices`, `metavar`, the `group` it opens."""
     return field(default=default, metadata={'help': help, **more})
 
 
-DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
-TOKENIZER = option('', 'folder with vocab.json and merges.txt (default: the teacher\'s, or the local '
-                   'Hugging Face cache\'s if the teacher is a single file)', metavar='FOLDER')
-COMPILE = option(False, 'torch.compile the nets: minutes at the start, then faster; for GPUs')
-DEVICE = option('', 'cuda, cuda:1, cpu ... (default: cuda if there is one, else cpu)', group='the machine')
+TOKENIZER = option('', 'tokenizer folder (default: the teacher\'s)', metavar='FOLDER')
+DEVICE = option('', 'cuda, cuda:1, cpu ... (default: cuda if available)', group='machine')
 
 
 @dataclass
 class TrainConfig:
-    teacher: str = option(str(TINY_TEACHER), 'Stable Diffusion 1.5: folder in diffusers layout, original '
-                          '.safetensors or .ckpt, or repo id in the Hugging Face cache (default: the tiny '
-                          'one of tests/tiny_sd)', group='what is distilled', metavar='PATH')
+    teacher: str = option(str(TINY_TEACHER), 'Stable Diffusion 1.5: diffusers folder, original '
+                          '.safetensors, or repo id in the Hugging Face cache (default: '
+                          'tests/tiny_sd)', group='task', metavar='PATH')
     tokenizer: str = TOKENIZER
-    prompts: str = option('', 'text file, one prompt a line (default: prompts.txt in the teacher folder)',
-                          metavar='FILE')
-    size: int = option(0, 'side of the pictures in pixels (default: what the teacher was trained at)')
+    prompts: str = option('', 'text file, one prompt per line (default: the teacher\'s '
+                          'prompts.txt)', metavar='FILE')
+    size: int = option(0, 'image height and width in pixels (default: the teacher\'s)')
 
-    kappa: tuple = option((1.5,), 'guidance: one number for all (LSG), or three: kappa1, kappa2 = '
-                          'kappa3, kappa4. 1 is none, 1 1 K long, K 1 1 with K < 1 short, 0 0 1 Zero-CFG',
-                          group='the method')
-    alpha: float = option(1.0, 'weight of the subtracted |x_phi - x_psi|^2 in the generator\'s loss')
-    t_init: int = option(625, 'step at which the generator works, of 0 to 999')
-    t_min: int = option(20, 'smallest step t of the losses')
-    t_max: int = option(980, 'largest step t of the losses, exclusive')
-    drop: float = option(0.1, 'share of prompts made empty while the fake net learns, '
-                         'if kappa1 or kappa2 is not 1')
+    kappa: tuple = option((1.5,), 'guidance: one number (LSG), or kappa1, kappa2 = kappa3, kappa4; '
+                          '1 disables it, 1 1 K is long, K 1 1 with K < 1 short, 0 0 1 Zero-CFG',
+                          group='method')
+    alpha: float = option(1.0, 'weight of |x_phi - x_psi|^2 in the generator\'s loss')
+    t_init: int = option(625, 'timestep of the generator')
+    t_min: int = option(20, 'smallest timestep of the losses')
+    t_max: int = option(980, 'largest timestep of the losses, exclusive')
+    drop: float = option(0.1, 'share of prompts replaced by "" while the fake score network '
+                         'learns, if it is guided')
 
-    kimg: float = option(8_806.0, 'length in thousand images', group='the optimisation')
-    batch: int = option(512, 'images an iteration, over all processes')
+    kimg: float = option(8_806.0, 'length in thousand images', group='optimisation')
+    batch: int = option(512, 'images per iteration, over all processes')
     lr: float = option(1e-6, 'learning rate of the generator')
-    fake_lr: float = option(1e-6, 'learning rate of the fake score net')
-    ema_kimg: float = option(50.0, 'half-life of the generator\'s average in thousand images')
-    ema_rampup: float = option(0.05, 'that half-life is at most this share of the images seen so far')
-    seed: int = option(0, 'every random draw of training follows from it')
+    fake_lr: float = option(1e-6, 'learning rate of the fake score network')
+    ema_kimg: float = option(50.0, 'half-life of the EMA in thousand images')
+    ema_rampup: float = option(0.05, 'at most this share of the images seen is the half-life')
+    seed: int = option(0, 'seed of all random numbers')
 
-    out: str = option('', 'run folder to make (default: the next free runs/NNN)', group='the run folder',
+    out: str = option('', 'run folder (default: the next free runs/NNN)', group='run',
                       metavar='FOLDER')
-    resume: str = option('', 'run folder to go on with, by its own settings; only where teacher and prompts '
-                         'lie, length, intervals, FID, device, --micro-batch, --checkpoint, '
-                         '--ema-device and --compile may be given anew, and are kept', metavar='FOLDER')
-    grid_kimg: float = option(100.0, 'thousand images between picture grids, '
-                              'with each of which the generator is saved')
-    log_seconds: float = option(5.0, 'seconds between status lines')
-    save_every: float = option(50.0, 'thousand images between training states, of which the last two are '
-                               'kept; also saved at the end and when interrupted')
-
-    progress_samples: int = option(0, 'generated latents to compare with as many of the teacher\'s in 25 '
-                                   'steps at each picture grid, by Frechet distance', group='measures')
-    fid_stats: str = option('', 'statistics that fid.py --save-stats wrote, to score the generator '
-                            'against as it trains', metavar='FILE')
-    fid_every: float = option(500.0, 'thousand images between such scores')
-    fid_num: int = option(10_000, 'pictures for each, prompt i with seed i')
-    fid_prompts: str = option('', 'their captions, one a line (default: those of training)',
+    resume: str = option('', 'run folder to resume, or to begin if it is not there; options that '
+                         'do not change the result may differ', metavar='FOLDER')
+    save_kimg: float = option(50.0, 'thousand images between states; each comes with the generator '
+                              'and an image grid, and two are kept')
+    fid_stats: str = option('', 'statistics from fid.py --save-stats, to compute FID while '
+                            'training', metavar='FILE')
+    fid_kimg: float = option(500.0, 'thousand images between FIDs')
+    fid_num: int = option(10_000, 'generated images for each FID, prompt i with seed i')
+    fid_prompts: str = option('', 'prompts of these images (default: those of training)',
                               metavar='FILE')
-    fid_weights: str = option('', 'Inception weights (default: as fid.py finds them)', metavar='FILE')
+    fid_weights: str = option('', 'Inception weights (default: where fid.py looks)', metavar='FILE')
 
     device: str = DEVICE
-    precision: str = option('fp32', 'fp32, or autocast to bf16 or fp16 over fp32 weights '
-                            '(with bf16 the teacher\'s, which never change, are bf16, too)',
+    precision: str = option('fp32', 'fp32, or autocast to bf16 or fp16 with fp32 weights',
                             choices=[*DTYPES])
-    micro_batch: int = option(0, 'images at a time on each device, whose gradients add up to the '
-                              'batch\'s (default: all that is its part)')
-    checkpoint: bool = option(False, 'gradient checkpointing: less memory, one more forward pass')
-    ema_device: str = option('', 'cpu keeps the generator\'s average there (default: where training is)')
-    compile: bool = COMPILE
+    micro_batch: int = option(0, 'images at a time on each device (default: its part of the batch)')
+    recompute: bool = option(False, 'gradient checkpointing: less memory, one more forward pass')
+    ema_device: str = option('', 'cpu keeps the EMA off the GPU (default: the device)')
+    compile: bool = option(False, 'torch.compile the networks: faster after some minutes')
+
+    def __post_init__(self):
+        if len(self.kappa) == 1:
+            self.kappa = 3 * self.kappa
 
 
 @dataclass
 class SampleConfig:
-    texts: tuple = option((), 'prompts, in quotes', group='what is drawn')
-    prompts: str = option('', 'text file, one prompt a line, after those on the command line',
-                          metavar='FILE')
-    seeds: str = option('', 'such as 0-7,42: every prompt with each of them '
-                        '(default: prompt i with seed i)', metavar='LIST')
-    size: int = option(0, 'side of the pictures in pixels (default: what the generator was trained at)')
-    out: str = option('', 'folder to make (default: the next free samples/NNN)', metavar='FOLDER')
+    texts: tuple = option((), 'prompts, in quotes', group='images', positional=True)
+    prompts: str = option('', 'text file with more prompts, one per line', metavar='FILE')
+    seeds: str = option('', 'such as 0-7,42: every prompt with each seed (default: prompt i with '
+                        'seed i)', metavar='LIST')
+    out: str = option('', 'image folder, new or to be completed (default: the next samples/NNN)',
+                      metavar='FOLDER')
 
-    generator: str = option('', 'run folder, generator folder, or file that convert wrote (default: the '
-                            'newest run in runs/)', group='what draws', metavar='PATH')
+    generator: str = option('', 'run folder, generator folder or exported file (default: the '
+                            'newest in runs/)', group='generator', metavar='PATH')
     steps: int = option(1, 'steps of the generator', choices=[1, 2, 4])
-    teacher: str = option('', 'checkpoint whose VAE and text encoder to use '
-                          '(default: the generator\'s teacher)', metavar='PATH')
-    tokenizer: str = TOKENIZER
-    teacher_steps: int = option(0, 'draw with the teacher itself instead, in so many DDIM steps '
-                                '(default: 0, with the generator)')
-    kappa: float = option(None, 'guidance of the teacher, with --teacher-steps (default: 1.5)')
+    teacher: str = option('', 'checkpoint with VAE and text encoder (default: the generator\'s '
+                          'teacher)', metavar='PATH')
+    teacher_steps: int = option(0, 'sample from the teacher instead, with this many DDIM steps')
+    kappa: float = option(1.5, 'guidance of the teacher, for --teacher-steps')
 
     device: str = DEVICE
-    batch: int = option(8, 'pictures at a time')
-    precision: str = option('fp32', 'of the arithmetic; fp32 on a CPU that could only emulate it',
-                            choices=[*DTYPES])
-    compile: bool = COMPILE
+    batch: int = option(8, 'images at a time')
+    precision: str = option('fp32', 'of weights and arithmetic', choices=[*DTYPES])
 
 
 @dataclass
-class ConvertConfig:
-    source: str = option('', 'what to read: any checkpoint that train takes as teacher, a run or '
-                         'generator folder, or an official SiD-LSG generator (.pkl)')
-    target: str = option('', 'what to write: one original-style file if it ends in .safetensors, '
-                         'else a folder in diffusers layout')
-    teacher: str = option('', 'checkpoint whose VAE and text encoder go with a generator '
-                          '(default: what it was distilled from)', metavar='PATH')
-    tokenizer: str = TOKENIZER
-    precision: str = option('', 'of the weights written (default: fp16 in a file, fp32 in a folder, '
-                            'as it is opened without further settings)', choices=['fp32', 'fp16'])
-    overwrite: bool = option(False, 'replace what is at the target')
+class ExportConfig:
+    generator: str = option('', 'run folder, generator folder or exported file', positional=True)
+    target: str = option('', 'for web UIs a name that ends in .safetensors, for diffusers a folder',
+                         positional=True)
+    teacher: str = option('', 'checkpoint with VAE and text encoder (default: the generator\'s '
+                          'teacher)', metavar='PATH')
+    precision: str = option('', 'of the weights (default: fp16 in a file, fp32 in a folder)',
+                            choices=['fp32', 'fp16'])
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # The method
 
 def schedule():
-    """a_t and sigma_t of Stable Diffusion 1.5, each (1000,): float64 inside, float32 out.
+    """Return a_t and sigma_t of Stable Diffusion 1.5, each (1000,) float32, computed in float64.
 
-    betas = linspace(sqrt .00085, sqrt .012, 1000)^2 (CompVis util.py 21-25, v1-inference.yaml 5-6);
-    a_t^2 is the cumulative product of 1 - beta."""
-    betas = np.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000) ** 2
-    a2 = np.cumprod(1 - betas)
-    return (torch.tensor(a2 ** 0.5, dtype=torch.float32),
-            torch.tensor((1 - a2) ** 0.5, dtype=torch.float32))
+    a_t^2 is the cumulative product of 1 - beta (CompVis util.py 21-25)."""
+    a2 = torch.tensor(np.cumprod(1 - unet.BETAS))
+    return a2.sqrt().float(), (1 - a2).sqrt().float()
 
 
 ALPHA, SIGMA = schedule()
 
 
 @functools.lru_cache
-def copy_on(device, table):
-    """ALPHA or SIGMA on a device, copied once: a copy makes the host wait for all work that is queued."""
+def copy_to(device, table):
+    """Return ALPHA or SIGMA on a device. Copied once, because a copy waits for all queued work."""
     return table.to(device)
 
 
-def at(table, t):
-    """Entries (B, 1, 1, 1) or (1, 1, 1, 1) of ALPHA or SIGMA at steps t (B,) or ()."""
-    return copy_on(t.device, table)[t].reshape(-1, 1, 1, 1)
-
-
-def nan_samples(*tensors):
-    """(B, 1, 1, 1) bool: the samples with a NaN in any of the tensors, which a loss leaves out.
-
-    As in the official loop. A net in which such a sample was NaN has NaN in most weights' gradients all the
-    same (0 times NaN), which update() makes 0: an iteration with one hardly moves anything."""
-    return torch.stack(
-        [x.detach().isnan().flatten(1).any(1) for x in tensors]).any(0)[:, None, None, None]
+def coefficients(t):
+    """Return a_t and sigma_t at timesteps t (B,) or (), each (B, 1, 1, 1) or (1, 1, 1, 1)."""
+    return (copy_to(t.device, table)[t].reshape(-1, 1, 1, 1) for table in (ALPHA, SIGMA))
 
 
 def add_noise(x0, eps, t):
-    """x_t = a_t x_0 + sigma_t eps. All (B, 4, H, W); t (B,) or () int64."""
-    return at(ALPHA, t) * x0 + at(SIGMA, t) * eps
+    """Return x_t = a_t x_0 + sigma_t eps. All are (B, 4, H, W); t is (B,) or () int64."""
+    a, sigma = coefficients(t)
+    return a * x0 + sigma * eps
 
 
 def predict_x0(eps_hat, x_t, t):
-    """The x_0 a noise prediction implies: (x_t - sigma_t eps_hat) / a_t. Latents are never clipped."""
-    return (x_t - at(SIGMA, t) * eps_hat) / at(ALPHA, t)
+    """Return the x0-prediction (x_t - sigma_t eps_hat) / a_t. Latents are never clipped."""
+    a, sigma = coefficients(t)
+    return (x_t - sigma * eps_hat) / a
 
 
 def guided(net, x_t, t, context, null, kappa):
-    """Noise eps(null) + kappa (eps(c) - eps(null)) in x_t (B, 4, H, W), float32; kappa_1 ... kappa_4 of
-    long and short guidance are its kappa in train().
+    """Predict the noise in x_t (B, 4, H, W) with guidance: eps(null) + kappa (eps(c) - eps(null)).
 
-    context (B, 77, D), null (1, 77, D). One call for both texts, [null, c]: a net given 2 B texts takes
-    its B latents twice. kappa 1 needs c alone, kappa 0 null, at half the cost. Where a prompt was
-    dropped, c is null and guidance changes nothing."""
+    t is (B,), context (B, 77, D), null (1, 77, D); the result is float32. The network is called
+    once, on the doubled batch [null, c]. kappa 1 needs only c, and kappa 0 only null, at half the
+    cost. For a dropped prompt c is null, and guidance changes nothing."""
     null = null.expand_as(context)
     if kappa == 1 or kappa == 0:
         return net(x_t, t, context if kappa == 1 else null).float()
-    eps_null, eps_c = net(x_t, t, torch.cat([null, context])).float().chunk(2)
+    doubled = net(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([null, context])).float()
+    eps_null, eps_c = doubled.chunk(2)
     return eps_null + kappa * (eps_c - eps_null)
 
 
-def generate(G, z, context, t_init=625, steps=1, fresh=torch.randn_like):
-    """x_g (B, 4, H, W) from z of that shape: (sigma_s z - sigma_s G(sigma_s z, s, c)) / a_s, s = t_init,
-    that is G's x_0 at step s of pure noise (official sid_sd_util.py 186-204).
+def generate(G, z, context, t_init=625, steps=1, noise=torch.randn_like):
+    """Generate latents x_g (B, 4, H, W) from noise z of that shape.
 
-    With more steps (the official code shows 2 and 4), step i noises the result to
-    int(t_init (1 - i / steps)) with new noise, `fresh(z)`, and restores it again."""
+    One step is the x0-prediction of G at timestep s = t_init for pure noise:
+    (sigma_s z - sigma_s G(sigma_s z, s, c)) / a_s. With more steps, step i adds new noise(z) at
+    timestep int(t_init (1 - i / steps)) and denoises again (official sid_sd_util.py 186-204)."""
     x_g = torch.zeros_like(z)
     for i in range(steps):
         t = torch.full((len(z),), int(t_init * (1 - i / steps)), device=z.device)
-        x_t = add_noise(x_g, z if i == 0 else fresh(z), t)
+        x_t = add_noise(x_g, z if i == 0 else noise(z), t)
         x_g = predict_x0(G(x_t, t, context).float(), x_t, t)
     return x_g
 
 
 def fake_score_loss(fake, x_g, t, eps, context, null, kappa):
-    """Sum over pixels / B of |eps_hat - eps|^2; kappa_1 guides eps_hat, gradient through both halves.
+    """Return the sum over pixels / B of (eps_hat - eps)^2, where kappa_1 guides eps_hat.
 
-    For kappa_1 = 1 this is plain diffusion training on the generator's pictures; else it is the guided
-    prediction that is fitted to eps. x_g (B, 4, H, W) carries no gradient."""
+    With kappa 1 this is ordinary diffusion training on generated latents x_g (B, 4, H, W). With
+    others it fits the guided prediction, and both halves of the doubled batch get a gradient."""
     eps_hat = guided(fake, add_noise(x_g, eps, t), t, context, null, kappa)
-    error = (eps_hat - eps).masked_fill(nan_samples(eps_hat), 0)
-    return error.square().sum() / len(x_g)
+    return (eps_hat - eps).square().sum() / len(x_g)
 
 
 def generator_loss(x_g, x_phi, x_psi, alpha):
-    """Sum over pixels / B of (x_phi - x_psi) ((x_phi - x_g) - alpha (x_phi - x_psi)) / w: the loss of SiD
-    (arXiv 2404.04057), here of guided predictions.
+    """Return the sum over pixels / B of (x_phi - x_psi) (x_phi - x_g - alpha (x_phi - x_psi)) / w.
 
-    All (B, 4, H, W), all with gradient, which reaches the generator directly through x_g, and through x_t
-    by way of both nets. Only w = mean |x_g - x_phi|, per sample and at least 1e-5, carries none."""
-    leave_out = nan_samples(x_g, x_phi, x_psi)
-    difference = (x_phi - x_psi).masked_fill(leave_out, 0)
-    residual = (x_phi - x_g).masked_fill(leave_out, 0)
-    w = residual.detach().abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-5)
-    return (difference * (residual - alpha * difference) / w).sum() / len(x_g)
+    This is SiD's loss (arXiv 2404.04057) of guided predictions, all (B, 4, H, W). The gradient
+    reaches G through x_g and, by way of both networks, through x_t. Only w carries no gradient: it
+    is the mean of |x_g - x_phi| over a sample, at least 1e-5."""
+    w = (x_g - x_phi).detach().abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-5)
+    return ((x_phi - x_psi) * (x_phi - x_g - alpha * (x_phi - x_psi)) / w).sum() / len(x_g)
 
 
 def train(config):
-    """Distil config.teacher into a run folder. The method is the loop below; Run keeps the books."""
+    """Distil config.teacher into a one-step generator. Everything but the method is in Run."""
     run = Run(config)
     teacher, G, ema, fake, null = run.teacher, run.G, run.ema, run.fake, run.null
     kappa1, kappa2, kappa4 = config.kappa
-    drop = config.drop if (kappa1, kappa2) != (1, 1) else 0.0     # "" is learnt for guidance
-    share = config.micro_batch / config.batch   # with it micro-batches' losses add up to the batch's mean
+    drop = config.drop if (kappa1, kappa2) != (1, 1) else 0.0     # only guidance needs "" learnt
+    share = config.micro_batch / config.batch       # micro-batches' losses add up to the batch's
 
     for iteration in range(run.first, run.iterations):
-        # psi-step: the fake score net learns to denoise what the generator makes at present.
+        # psi-step: the fake score network learns to denoise the generator's current images.
         fake.requires_grad_(True)
-        for rows in run.micro_batches:
-            context, z, t, eps = run.draw(iteration, 0, rows, drop)     # 0: the first half's numbers
-            with autocast(config.precision, run.device):
-                with torch.no_grad():           # no gradient from this loss to the generator
+        for indices in run.micro_batches:
+            context, z, t, eps = run.draw(iteration, 'psi', indices, drop)
+            with run.autocast():
+                with torch.no_grad():               # this loss does not train the generator
                     x_g = generate(G, z, context, config.t_init)
                 loss_fake = fake_score_loss(fake, x_g, t, eps, context, null, kappa1) * share
             loss_fake.backward()
             run.log.add(loss_fake=loss_fake)
         run.update('fake')
 
-        # theta-step: the generator moves so that fake and teacher restore its pictures alike.
-        fake.requires_grad_(False)              # weights rest; gradients pass to its INPUT, as in teacher
-        for rows in run.micro_batches:
-            context, z, t, eps = run.draw(iteration, 1, rows)
-            with autocast(config.precision, run.device):
+        # theta-step: the generator learns to make images that teacher and fake denoise alike.
+        fake.requires_grad_(False)                  # its input gets a gradient, its weights do not
+        for indices in run.micro_batches:
+            context, z, t, eps = run.draw(iteration, 'theta', indices)
+            with run.autocast():
                 x_g = generate(G, z, context, config.t_init)
-                x_t = add_noise(x_g, eps, t)    # not detached: the gradient reaches x_g through both nets
+                x_t = add_noise(x_g, eps, t)        # not detached: gradients pass both networks
                 x_psi = predict_x0(guided(fake, x_t, t, context, null, kappa2), x_t, t)
                 x_phi = predict_x0(guided(teacher, x_t, t, context, null, kappa4), x_t, t)
                 loss_G = generator_loss(x_g, x_phi, x_psi, config.alpha) * share
             loss_G.backward()
             run.log.add(loss_G=loss_G, xg_xphi=(x_g - x_phi).abs().mean() * share,
-                        xphi_xpsi=(x_phi - x_psi).abs().mean() * share,
-                        nan_samples=nan_samples(x_g, x_phi, x_psi).sum())
+                        xphi_xpsi=(x_phi - x_psi).abs().mean() * share)
         run.update('G')
 
-        # The average is what is drawn with, scored and released.
-        update_average(ema, G, ema_beta(config, iteration * config.batch))
-        if run.end_iteration(iteration):        # log, pictures, state
+        # The EMA is what we sample from, evaluate and release.
+        update_ema(ema, G, ema_beta(config, iteration * config.batch))
+        if run.end_iteration(iteration):            # log, state, images, FID
             break
     run.close()
 
 
-# ---------------------------------------------------------------------------------------------------
-# What train() calls besides the method
+# -------------------------------------------------------------------------------------------------
+# The rest of an iteration: optimiser, EMA, random numbers
 
 class Adam:
-    """torch.optim.Adam with betas (0, 0.999), to the bit, without its first moment.
+    """torch.optim.Adam with betas (0, 0.999), bit-equal, without memory for the first moment.
 
-    For beta_1 = 0 that is the gradient itself; torch stores it all the same, 3.4 GB a net of SD 1.5."""
+    For beta_1 = 0 the first moment is the gradient itself. torch stores it: 3.4 GB per network."""
 
-    def __init__(self, parameters, lr, eps):
-        self.parameters, self.lr, self.eps = list(parameters), lr, eps
-        self.squares = [torch.zeros_like(p) for p in self.parameters]
+    def __init__(self, net, lr, eps):
+        self.names, self.parameters = zip(*net.named_parameters())
+        self.lr, self.eps = lr, eps
+        self.squares = [torch.zeros_like(p) for p in self.parameters]       # second moments
         self.steps = [torch.zeros((), device=p.device) for p in self.parameters]
 
     @torch.no_grad()
     def step(self):
         gradients = [p.grad for p in self.parameters]
-        # The gradients stand for the first moments, too: beta_1 = 0 makes Adam overwrite these with them.
-        # Fused is one kernel, which needs no memory beside its arguments and counts the steps itself.
-        adam(self.parameters, gradients, gradients, self.squares, [], self.steps, fused=True,
+        # The gradients are also given as first moments, which Adam overwrites with the same values.
+        adam(list(self.parameters), gradients, gradients, self.squares, [], self.steps, fused=True,
              amsgrad=False, beta1=0.0, beta2=0.999, lr=self.lr, weight_decay=0.0, eps=self.eps,
              maximize=False)
 
 
-def autocast(precision, device):
-    return torch.autocast(device.type, DTYPES[precision], enabled=precision != 'fp32')
-
-
-def sum_over_processes(tensors, at_once=2 ** 24):
-    """Replace each tensor by its sum over all processes; about `at_once` numbers a call, through a copy.
-
-    A call costs gloo a millisecond whatever it carries, and a net has hundreds of small tensors."""
-    calls = {}
-    for end, x in zip(np.cumsum([x.numel() for x in tensors]), tensors):
-        calls.setdefault(end // at_once, []).append(x)
-    for parts in calls.values():
-        flat = torch.cat([x.flatten() for x in parts])
-        dist.all_reduce(flat)
-        for x, total in zip(parts, flat.split([x.numel() for x in parts])):
-            x.copy_(total.view_as(x))
-
-
 @torch.no_grad()
 def update(optimizer, clip=math.inf):
-    """One optimizer step from the gradients of all processes. Clears them.
+    """Step the optimiser with the gradients of all processes, then clear them.
 
-    As in the official loop, NaN becomes 0 and infinity 1e5; `clip` bounds every element, at 1 in fp16.
-    Returns the gradients' norm, leaving out tensors with such numbers, how many tensors these are, and
-    whether more than nine in ten have NaN, so that next to nothing is learnt."""
+    As in the official code, NaN becomes 0, infinity becomes 1e5, and `clip` bounds each element.
+    Returns the norm of all finite gradient tensors, and how many tensors have NaN."""
     gradients = [p.grad for p in optimizer.parameters]
-    if dist.is_initialized():
-        sum_over_processes(gradients)
+    if TORCHRUN:
+        for gradient in gradients:
+            dist.all_reduce(gradient)
     norms = torch.stack(torch._foreach_norm(gradients))
-    broken = ~norms.isfinite()
-    for g in gradients:
-        torch.nan_to_num_(g, nan=0.0, posinf=1e5, neginf=-1e5)
+    for gradient in gradients:
+        torch.nan_to_num_(gradient, nan=0.0, posinf=1e5, neginf=-1e5)
         if clip < math.inf:
-            g.clamp_(-clip, clip)
+            gradient.clamp_(-clip, clip)
     optimizer.step()
     for p in optimizer.parameters:
         p.grad = None
-    return norms.masked_fill(broken, 0).norm(), broken.sum(), norms.isnan().float().mean() > 0.9
+    return norms.masked_fill(~norms.isfinite(), 0).norm(), norms.isnan().sum()
 
 
 def ema_beta(config, seen):
-    """Weight of the old average after `seen` images: half-life ema_kimg, at first ema_rampup of `seen`."""
+    """Return the weight of the old EMA after `seen` images: half-life ema_kimg, after a ramp-up."""
     halflife = min(config.ema_kimg * 1000, config.ema_rampup * seen)
     return 0.5 ** (config.batch / max(halflife, 1e-8))
 
 
 @torch.no_grad()
-def update_average(ema, G, beta):
+def update_ema(ema, G, beta):
     for average, parameter in zip(ema.parameters(), G.parameters()):
         average.lerp_(parameter.to(average.device), 1 - beta)
+
+
+def to_device(x, device):
+    """Copy x to the device, from pinned memory: other copies wait for all queued work."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else x.to(device)
 
 
 @functools.lru_cache(maxsize=2)
@@ -413,492 +371,475 @@ def epoch_order(seed, epoch, count):
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 
-def send(x, device):
-    """x on the device, from page-locked memory: only such a copy can be queued, any other is waited for."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else x.to(device)
+def draw_samples(config, prompts, shape, iteration, half, indices, drop=0.0):
+    """Draw prompts (a list), noise z and eps (B, *shape) and timesteps t (B,) for a micro-batch.
 
-
-def draw_samples(config, prompts, encode, shape, device, iteration, half, rows, drop=0.0):
-    """context, z, t and eps for `rows` of the batch of one half (0 psi, 1 theta) of an iteration.
-
-    All on the device, yet sample i's noise and t depend on (seed, iteration, half, i) alone, neither on
-    micro-batch nor device. Prompts come without replacement, batch after batch, each epoch in a new
-    order; a share `drop` of them becomes ''."""
-    texts, steps, noise = [], [], []
-    for i in rows.tolist():
+    Sample i of a batch depends only on (seed, iteration, half, i), not on micro-batches or devices.
+    half is 'psi' or 'theta'. Each epoch uses every prompt once, in a new order; then a share `drop`
+    of the prompts becomes ''."""
+    half = ('psi', 'theta').index(half)
+    texts, noise, timesteps = [], [], []
+    for i in indices.tolist():
         rng = np.random.default_rng((config.seed, iteration, half, i))
-        epoch, place = divmod((2 * iteration + half) * config.batch + i, len(prompts))
-        text = prompts[epoch_order(config.seed, epoch, len(prompts))[place]]
+        epoch, position = divmod((2 * iteration + half) * config.batch + i, len(prompts))
+        text = prompts[epoch_order(config.seed, epoch, len(prompts))[position]]
         texts.append('' if rng.random() < drop else text)
-        steps.append(int(rng.integers(config.t_min, config.t_max)))
+        timesteps.append(int(rng.integers(config.t_min, config.t_max)))
         noise.append(rng.standard_normal((2, *shape), dtype=np.float32))
-    z, eps = send(torch.from_numpy(np.stack(noise, axis=1)), device)
-    return encode(texts), z, send(torch.tensor(steps), device), eps
+    z, eps = torch.from_numpy(np.stack(noise, axis=1))
+    return texts, z, torch.tensor(timesteps), eps
 
+
+# -------------------------------------------------------------------------------------------------
+# A run: its log, its state, its images. Nothing below is the method.
 
 class Log:
-    """A row of log.jsonl for each iteration and a status line every few seconds.
+    """One row of log.jsonl per iteration, and a status line every five seconds.
 
-    Numbers stay on the device until a status line is due, so that no iteration waits for one. Of many
-    processes the first writes."""
+    Numbers stay on the device until a status line is due, so that no iteration waits for them."""
 
-    def __init__(self, config, file):
-        self.config, self.file = config, file
-        self.row, self.waiting, self.failing = {}, [], 0
+    def __init__(self, file, config):
+        self.file, self.config = file, config
+        self.row, self.waiting, self.nan_rows = {}, [], 0
+        self.start, self.earlier = 0, 0.0       # images and seconds before this process
         self.began = self.printed = time.time()
-        self.images, self.seconds = 0, 0.0      # of the run before this process took it up
 
-    def elapsed(self):
-        return self.seconds + time.time() - self.began
+    def seconds(self):
+        return self.earlier + time.time() - self.began
 
     def add(self, **values):
-        """Add to this iteration's numbers; what micro-batches and processes give sums up."""
+        """Add to the numbers of this iteration, which sum over micro-batches and processes."""
         for name, value in values.items():
             self.row[name] = self.row.get(name, 0) + value.detach()
 
     def end(self, seen, now):
-        """End the iteration after which `seen` images lie behind; `now` writes at once."""
-        if dist.is_initialized():
-            parts = [name for name in self.row if 'grad' not in name]       # gradients are summed already
-            numbers = torch.stack([self.row[name].float() for name in parts])
-            dist.all_reduce(numbers)
-            self.row.update(zip(parts, numbers))
+        """End an iteration after `seen` images. `now` writes at once, not after five seconds."""
+        if TORCHRUN:
+            for name in self.row:
+                if 'grad' not in name:          # gradients are sums over all processes already
+                    dist.all_reduce(self.row[name])
         if RANK == 0:
-            self.waiting.append(dict(images=seen, seconds=self.elapsed(), **self.row))
-            if now or time.time() - self.printed >= self.config.log_seconds:
-                self.write(seen)
+            self.waiting.append(dict(images=seen, seconds=self.seconds(), **self.row))
+            if now or time.time() - self.printed > 5:
+                rows = [{name: value if name == 'images' else float(f'{float(value):.6g}')
+                         for name, value in row.items()} for row in self.waiting]
+                self.waiting = []
+                self.write(*rows)
+                self.show(seen, rows)
+                self.stop_at_nan(rows)
         self.row = {}
 
-    def write(self, seen):
-        self.printed = time.time()
-        rows = [{name: value if isinstance(value, int) else float(f'{float(value):.6g}')
-                 for name, value in row.items()} for row in self.waiting]
-        self.waiting = []
-        with open(self.file, 'a', encoding='utf-8') as file:
-            for row in rows:                    # NaN is no JSON
-                file.write(json.dumps({name: value if math.isfinite(value) else None
-                                       for name, value in row.items()}) + '\n')
+    def stop_at_nan(self, rows):
         for row in rows:
-            lost = row['nan_samples'] >= self.config.batch or row['lost_grads'] > 0
-            self.failing = self.failing + 1 if lost else 0
-            if self.failing == 10:
-                raise FloatingPointError(
-                    'all samples or nearly all gradients of a net were NaN for 10 iterations, so it learns '
-                    'no more; begin a new run with a smaller --lr and --fake-lr, and not in fp16')
-        pace = (self.printed - self.began) / (seen - self.images)
-        mean = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-        trouble = sum(row['nan_samples'] + row['bad_grads'] for row in rows)
-        print(f'{seen:8d} images  {pace * 1000:6.1f} s per 1,000  '
-              f'{clock(pace * max(self.config.kimg * 1000 - seen, 0))} left  '
-              f'loss fake {mean["loss_fake"]:7.1f} G {mean["loss_G"]:7.1f}  '
-              f'|xg-xphi| {mean["xg_xphi"]:.3f} |xphi-xpsi| {mean["xphi_xpsi"]:.3f}  '
-              f'grad fake {mean["grad_fake"]:6.1f} G {mean["grad_G"]:6.1f}'
-              + (f'  {trouble:.0f} NaN' if trouble else ''), flush=True)
+            self.nan_rows = self.nan_rows + 1 if row['nan_grads'] else 0
+            check(self.nan_rows < 10, 'gradients were NaN for 10 iterations, so the run stopped; '
+                                      'start a new one with smaller --lr and --fake-lr')
 
-    def note(self, seen, **values):
-        """A row of its own for what is measured now and then."""
-        with open(self.file, 'a', encoding='utf-8') as file:
-            file.write(json.dumps(dict(images=seen, seconds=self.elapsed(), **values)) + '\n')
+    def write(self, *rows):
+        """Append rows to log.jsonl. NaN is not JSON and becomes null."""
+        lines = [json.dumps({name: value if math.isfinite(value) else None
+                             for name, value in row.items()}) + '\n' for row in rows]
+        try:
+            with open(self.file, 'a', encoding='utf-8') as file:
+                file.writelines(lines)
+        except OSError as error:        # a full disk may leave room for the state
+            say(f'warning: {self.file} could not be written ({error})')
+
+    def show(self, seen, rows):
+        self.printed = time.time()
+        pace = (self.printed - self.began) / (seen - self.start)
+        left = timedelta(seconds=int(pace * max(self.config.kimg * 1000 - seen, 0)))
+        mean = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+        nan = sum(row['nan_grads'] for row in rows)
+        say(f'{seen:8d} images  {pace * 1000:6.1f} s per 1,000  {left} left  '
+            f'loss fake {mean["loss_fake"]:7.1f} G {mean["loss_G"]:7.1f}  '
+            f'|xg-xphi| {mean["xg_xphi"]:.3f} |xphi-xpsi| {mean["xphi_xpsi"]:.3f}  '
+            f'grad fake {mean["grad_fake"]:6.1f} G {mean["grad_G"]:6.1f}'
+            + (f'  {nan:.0f} gradients NaN' if nan else ''))
+
+    def resume(self, seen, seconds):
+        """Continue the log of a run that has a state after `seen` images; drop all later rows."""
+        self.start, self.earlier = seen, seconds
+        if RANK == 0 and self.file.exists():
+            kept = []
+            for line in self.file.read_text(encoding='utf-8', errors='replace').splitlines():
+                with contextlib.suppress(ValueError):       # a crash may have cut off a line
+                    if json.loads(line)['images'] <= seen:
+                        kept.append(line + '\n')
+            new = self.file.with_suffix('.tmp')
+            new.write_text(''.join(kept), encoding='utf-8')
+            new.replace(self.file)
 
 
 class Run:
-    """A run's nets, optimisers, data and folder; and all that train() does besides the method.
+    """The networks, optimisers, prompts and folder of a run. With torchrun each process has a Run.
 
-    With torchrun every process has one. They share each batch, and the first of them writes."""
+    The first process writes config.json, log.jsonl, state/, generator/ and grid_*.png there."""
 
     def __init__(self, config):
-        self.config = config
-        (self.teacher, self.vae, self.encode, self.prompts, self.shape, self.scoring, self.out,
-         self.device, settings) = open_run(config)
+        # First everything that a user can get wrong, before a weight is read.
+        check_settings(config)
+        self.config, self.device = config, choose_device(config.device)
+        config.micro_batch = config.micro_batch or config.batch // WORLD
+        self.prompts = clip_text.read_prompts(config.prompts or prompts_of(config.teacher))
+        self.stats = fid.load_stats(config.fid_stats) if config.fid_stats else None
+        self.captions = self.prompts
+        if config.fid_prompts:
+            self.captions = clip_text.read_prompts(config.fid_prompts)
+        if TORCHRUN:
+            dist.init_process_group('cpu:gloo,cuda:nccl' if self.device.type == 'cuda' else 'gloo',
+                                    timeout=timedelta(hours=2))     # while the first one saves
+        self.out = Path(config.resume or config.out)
+        if RANK == 0:
+            self.out = new_folder(config.resume or config.out, 'runs')
+            check(config.resume or not (self.out / 'config.json').exists(),
+                  f'{self.out} already holds a run; give another --out, or --resume {self.out}')
+
+        # Then the networks. G, ema and fake start as copies of the teacher.
+        self.teacher = place(unet.load(config.teacher), self.device)
+        self.vae = place(vae_module.load(config.teacher), self.device)
+        self.encode = PromptEncoder(config.teacher, config.tokenizer, self.teacher, self.device)
+        self.fingerprints = dict(
+            teacher=fingerprint(self.encode.tokenizer, self.teacher, self.vae, self.encode.net),
+            prompts=hashlib.sha256('\n'.join(self.prompts).encode()).hexdigest())
         self.null = self.encode([''])
-        self.marks = dict(teacher=fingerprint(self.teacher, self.vae, self.encode.net),
-                          prompts=hashlib.sha256('\n'.join(self.prompts).encode()).hexdigest())
+        self.shape = latent_shape(config.size, self.teacher, self.vae)
         self.G, self.ema, self.fake = (copy.deepcopy(self.teacher) for _ in range(3))
-        self.G.requires_grad_(True)             # teacher and ema stay frozen, fake half of each iteration
+        self.G.requires_grad_(True)     # teacher and ema stay frozen, train() switches fake
         self.ema.to(config.ema_device or self.device)
-        if config.precision == 'bf16':          # its weights never change, so they need no fp32
-            self.teacher.to(torch.bfloat16)
+        if config.precision == 'bf16':
+            self.teacher.to(torch.bfloat16)     # its weights never change, so they need no fp32
         for net in (self.teacher, self.G, self.fake):
-            if config.checkpoint:
+            if config.recompute:
                 recompute_in_backward(net)
             if config.compile:
                 net.compile(dynamic=False)
-        eps = 1e-6 if config.precision == 'fp16' else 1e-8
-        self.optimizers = dict(G=Adam(self.G.parameters(), config.lr, eps),
-                               fake=Adam(self.fake.parameters(), config.fake_lr, eps))
+        if self.stats:
+            weights = config.fid_weights or fid.default_weights()
+            self.inception = fid.load_inception(weights).to(self.device)
+        eps = 1e-6 if config.precision == 'fp16' else 1e-8      # as the official code has it
+        self.optimizers = dict(G=Adam(self.G, config.lr, eps),
+                               fake=Adam(self.fake, config.fake_lr, eps))
         self.micro_batches = torch.arange(config.batch)[RANK::WORLD].split(config.micro_batch)
-        self.first, self.iterations = 0, math.ceil(round(config.kimg * 1000, 6) / config.batch)
-        self.log = Log(config, self.out / 'log.jsonl')
-        self.interrupted = self.told = 0        # the number of a signal; and once it counts
-        self.first_signal = math.inf            # when it came
-        with user_errors():
-            if config.progress_samples and RANK == 0:
-                began = time.time()
-                self.progress = self.latent_moments(lambda z, fresh, context: ddim(
-                    self.teacher, z, context, self.null, config.kappa[2], 25))
-                print(f'{config.progress_samples} latents of the teacher in {clock(time.time() - began)}')
-            if config.resume:
-                self.load_state(settings)
-            elif RANK == 0:
-                self.save_pictures(0)
-        self.log.seconds = self.log.elapsed()
-        self.log.began = self.log.printed = time.time()         # the pace is that of iterations
-        self.handlers = {number: signal.signal(number, self.interrupt)
-                         for number in (signal.SIGINT, signal.SIGTERM)}
+        self.iterations = math.ceil(round(config.kimg * 1000, 6) / config.batch)
 
-    def draw(self, iteration, half, rows, drop=0.0):
-        return draw_samples(self.config, self.prompts, self.encode, self.shape, self.device,
-                            iteration, half, rows, drop)
+        # Last the state, if there is one.
+        self.first, self.signal = 0, 0
+        self.log = Log(self.out / 'log.jsonl', config)
+        if config.resume:
+            self.load_state()
+        seen = self.first * config.batch
+        if RANK == 0:
+            unet.write_json(self.out / 'config.json', stored(config))
+            say(f'Distilling {config.teacher} into {self.out} on {self.device} in '
+                f'{config.precision}: kappa {config.kappa}, {len(self.prompts)} prompts, images '
+                f'{seen} to {self.iterations * config.batch}')
+            warn_of_long_prompts(self.prompts[:1000], self.encode.tokenizer)
+            self.save_images(seen)              # the start, or those that an interruption left out
+        for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1'):
+            if hasattr(signal, name):           # Windows has only the first two
+                signal.signal(getattr(signal, name), self.ask_to_stop)
+        self.log.earlier = self.log.seconds()
+        self.log.began = self.log.printed = time.time()     # the pace is that of iterations alone
+
+    def autocast(self):
+        return torch.autocast(self.device.type, DTYPES[self.config.precision],
+                              enabled=self.config.precision != 'fp32')
+
+    def draw(self, iteration, half, indices, drop=0.0):
+        """Draw context, z, t and eps of a micro-batch, on the device."""
+        texts, *tensors = draw_samples(
+            self.config, self.prompts, self.shape, iteration, half, indices, drop)
+        return self.encode(texts), *(to_device(x, self.device) for x in tensors)
 
     def update(self, name):
-        """Step the optimizer of 'G' or 'fake'."""
-        # No loss scaling in fp16: the losses are sums over pixels, not means.
+        """Step the optimiser of 'G' or 'fake'."""
+        # No loss scaling in fp16: the losses are sums over pixels, not means. G is clipped instead.
         clip = 1.0 if name == 'G' and self.config.precision == 'fp16' else math.inf
-        norm, broken, lost = update(self.optimizers[name], clip)
-        self.log.add(**{f'grad_{name}': norm, 'bad_grads': broken, 'lost_grads': lost})
+        norm, nan = update(self.optimizers[name], clip)
+        self.log.add(**{f'grad_{name}': norm, 'nan_grads': nan})
 
-    def interrupt(self, number, _):
-        """Stop after this iteration; another signal, 3 seconds later or more, stops at once.
+    def ask_to_stop(self, number, frame):
+        """Handle a signal: finish the iteration, save a state, stop. Later signals do nothing."""
+        self.signal = self.signal or number
 
-        Sooner it is the same one: torchrun passes on what Ctrl-C or a scheduler sent to all processes."""
-        self.interrupted, now = number, time.monotonic()
-        self.first_signal = min(self.first_signal, now)
-        if now - self.first_signal > 3:
-            signal.signal(number, self.handlers[number])
-            signal.raise_signal(number)
-
-    def heard(self):
-        """The number of a signal that any process was sent so far, else 0: all stop if one is told to."""
-        told = self.interrupted
-        if dist.is_initialized():
-            most = torch.tensor(told)
-            dist.all_reduce(most, op=dist.ReduceOp.MAX)
-            told = most.item()
-            self.interrupted = told or self.interrupted     # one may have come meanwhile: for next time
-        return told
+    def stopping(self):
+        """Return whether a signal came to any process. They all stop after the same iteration."""
+        number = torch.tensor(self.signal)
+        if TORCHRUN:
+            dist.all_reduce(number, op=dist.ReduceOp.MAX)
+        self.signal = number.item()
+        return self.signal > 0
 
     def end_iteration(self, iteration):
-        """Log, pictures, score, state, as they are due. Returns whether the run was interrupted.
-
-        A signal amid pictures counts after the next iteration, so that a state is saved for it; a score it
-        cuts off. What is due and not done is owed: the state says so, and resuming begins with it."""
-        config, seen, self.told = self.config, (iteration + 1) * self.config.batch, self.heard()
+        """Write log, state, images and FID as they are due. Return whether the run must stop."""
+        seen, last = (iteration + 1) * self.config.batch, iteration == self.iterations - 1
 
         def due(kimg):
-            """Whether this is the last iteration, or one that crossed a multiple of so many images."""
-            every, last = kimg * 1000, iteration == self.iterations - 1
-            return last or seen // every > (seen - config.batch) // every
-        owed = ['pictures'] * due(config.grid_kimg)
-        if config.fid_stats and due(config.fid_every):
-            owed.append('score')
-        state = self.told or due(config.save_every)
-        with user_errors():
-            self.log.end(seen, owed or state)
-            try:
-                if owed:
-                    self.measure(seen, owed)
-            except Exception:
-                state = True                    # what was learnt since the last one is not lost with them
-                raise
-            finally:
-                if (state or self.told) and RANK == 0:
-                    self.save_state(seen, owed)
-        return bool(self.told)
+            return last or seen // (kimg * 1000) > (seen - self.config.batch) // (kimg * 1000)
+        stop, save = self.stopping(), due(self.config.save_kimg)
+        self.log.end(seen, now=save or stop)
+        if RANK == 0 and (save or stop):
+            self.save_state(seen)               # before anything else can fail
+        if RANK == 0 and save:
+            self.save_images(seen)
+        if self.stats and due(self.config.fid_kimg) and not stop:
+            self.score(seen)
+        return stop
 
-    def measure(self, seen, owed):
-        """Draw and score what is owed after `seen` images; what is done leaves the list."""
-        if 'pictures' in owed:
-            if RANK == 0:
-                self.save_pictures(seen)
-            owed.remove('pictures')
-        # Not when interrupted: ten thousand pictures are more than a machine about to vanish grants.
-        if 'score' in owed and self.config.fid_stats and not self.told:
-            if self.score(seen):
-                owed.remove('score')
-            else:
-                self.told = self.heard()
-        if RANK == 0:
-            draw_curves(self.log.file, self.out / 'curves.png')
-
-    def one_step(self, z, fresh, context):
-        return generate(self.ema, z, context, self.config.t_init)
-
-    @torch.no_grad()
-    def save_pictures(self, seen):
-        """A grid from 16 fixed seeds and prompts, the averaged generator as a folder diffusers opens."""
-        config, texts = self.config, self.prompts[::max(1, len(self.prompts) // 16)][:16]
-        self.ema.to(self.device)
-        with autocast(config.precision, self.device):
-            images = [draw_pictures(self.one_step, self.vae, self.encode([text]), [i], self.shape)[0]
-                      for i, text in enumerate(texts)]
-        if config.progress_samples:
-            began = time.time()
-            distance = fid.frechet_distance(*self.latent_moments(self.one_step), *self.progress)
-            progress = dict(progress_fd=round(distance, 4), progress_seconds=round(time.time() - began, 2))
-        self.ema.to(config.ema_device or self.device)
-        save_png(make_grid(images, texts, 4), self.out / f'grid_{seen:09d}.png')
-        if seen:
-            unet.save(self.ema, self.out / 'generator' / 'unet')
-            facts = dict(teacher=config.teacher, tokenizer=config.tokenizer, t_init=config.t_init,
-                         size=self.shape[1] * self.vae.factor, images=seen)
-            write_json(self.out / 'generator' / 'generator.json', facts)
-        if config.progress_samples:             # last, so that what fails and is done again is noted once
-            self.log.note(seen, **progress)
-
-    @torch.no_grad()
-    def score(self, seen):
-        """FID of the average, its pictures shared among the processes, as a row of the log.
-
-        Returns whether it was done: a signal cuts it off."""
-        began, moments, (stats, inception, captions) = time.time(), fid.Moments(), self.scoring
-        self.ema.to(self.device)
-        preset = stats['preset'] or 'clean'
-        for rows in torch.arange(self.config.fid_num)[RANK::WORLD].split(16):
-            context = self.encode([captions[i % len(captions)] for i in rows.tolist()])
-            with autocast(self.config.precision, self.device):
-                images = draw_pictures(self.one_step, self.vae, context, rows.tolist(), self.shape)
-            moments.add(fid.features(inception, images, preset))
-            if self.interrupted:
-                break
-        self.ema.to(self.config.ema_device or self.device)
-        if dist.is_initialized():
-            n, total, product = (torch.as_tensor(x, dtype=torch.float64)
-                                 for x in (moments.n, moments.sum, moments.product))
-            for x in (n, total, product):
-                dist.all_reduce(x)
-            moments = fid.Moments()
-            moments.merge(int(n), total.numpy(), product.numpy())
-        if moments.n < self.config.fid_num:
-            return False
-        if RANK == 0:
-            value = fid.frechet_distance(moments.mu, moments.sigma, stats['mu'], stats['sigma'])
-            print(f'{seen:8d} images  FID {value:.4f}, {preset}, of {moments.n} pictures', flush=True)
-            self.log.note(seen, fid=round(value, 4), fid_seconds=round(time.time() - began, 2))
-        return True
-
-    @torch.no_grad()
-    def latent_moments(self, make):
-        """Mean (16,) and covariance of pooled latents make(z, None, context), prompt i with seed i."""
-        moments = fid.Moments()
-        for rows in torch.arange(self.config.progress_samples).split(min(self.config.micro_batch, 64)):
-            z = torch.stack([torch.randn(self.shape, generator=torch.Generator().manual_seed(i))
-                             for i in rows.tolist()])
-            texts = [self.prompts[i % len(self.prompts)] for i in rows.tolist()]
-            with autocast(self.config.precision, self.device):
-                x = make(z.to(self.device), None, self.encode(texts))
-            moments.add(torch.nn.functional.adaptive_avg_pool2d(x.float(), 2).flatten(1).cpu())
-        return moments.mu, moments.sigma
-
-    def tensors(self):
-        """Everything that training changes, by name."""
+    def state(self):
+        """Return {file: {name: tensor}} of everything that training changes."""
         nets = dict(G=self.G, ema=self.ema, fake=self.fake)
-        tensors = {f'{name}.{key}': p.data for name, net in nets.items()
-                   for key, p in net.named_parameters()}
-        return tensors | {f'adam_{name}.{i:04d}': square for name, optimizer in self.optimizers.items()
-                          for i, square in enumerate(optimizer.squares)}
+        state = {name: dict(net.named_parameters()) for name, net in nets.items()}
+        for name, optimizer in self.optimizers.items():
+            state[f'adam_{name}'] = dict(zip(optimizer.names, optimizer.squares))
+        return state
 
-    def save_facts(self, folder, seen, owed):
-        write_json(folder / 'state.json', dict(images=seen, seconds=self.log.elapsed(), owed=owed,
-                                               log_bytes=self.log.file.stat().st_size, **self.marks))
+    def save_state(self, seen):
+        """Write the folder state/IMAGES, whole or not at all, and keep the two newest ones.
 
-    def save_state(self, seen, owed):
-        """state/IMAGES with tensors.safetensors and state.json, whole or not at all; keeps the last two.
-
-        A folder gets its name by a rename once it is on the disk, so a kill at any moment leaves the last
-        one as it was."""
+        It gets its name when its files are on the disk, so a kill at any moment does no harm."""
         states = self.out / 'state'
-        new, folder = states / 'unfinished', states / f'{seen:09d}'
-        remove(new)
+        new = states / 'unfinished'
+        shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
-        try:
-            unet.write_tensors({name: w.cpu() for name, w in self.tensors().items()},
-                               new / 'tensors.safetensors')
-            self.save_facts(new, seen, owed)
-            for file in (self.log.file, *new.iterdir(), new):
-                handle = os.open(file, os.O_RDONLY)
-                os.fsync(handle)
-                os.close(handle)
-            remove(folder)
-            new.rename(folder)
-        except (OSError, SafetensorError) as error:
-            remove(new)
-            raise ValueError(f'the training state could not be written to {states} ({error}); the one '
-                             'before is intact: make room, then go on with --resume') from None
+        for name, tensors in self.state().items():      # one network at a time: 3.4 GB for SD 1.5
+            unet.write_tensors(tensors, new / f'{name}.safetensors')
+        unet.write_json(new / 'state.json', dict(
+            images=seen, seconds=self.log.seconds(), **self.fingerprints))
+        new.rename(states / f'{seen:09d}')
         for old in sorted(states.glob('[0-9]*'))[:-2]:
-            remove(old)
+            shutil.rmtree(old)
 
-    def load_state(self, settings):
-        """Go on from the newest state: weights, optimisers, counters, log, and what is still owed."""
+    @torch.no_grad()
+    def load_state(self):
+        """Resume from the newest state, if there is one."""
         states = sorted((self.out / 'state').glob('[0-9]*'))
-        check(states, f'expected a training state in {self.out}/state, found none; start the run anew')
+        if not states:
+            return
+        folder = states[-1]
         try:
-            facts = unet.read_json(states[-1] / 'state.json')
-            tensors, own = unet.read_tensors(states[-1] / 'tensors.safetensors'), self.tensors()
-            found, wanted = ({name: w.shape for name, w in some.items()} for some in (tensors, own))
-            check(found == wanted, 'its tensors are not those of this teacher')
-            for name, kind in dict(images=int, log_bytes=int, seconds=float, owed=list).items():
-                check(type(facts.get(name)) is kind and facts[name] >= kind(), f'its state.json lacks {name}')
-        except (ValueError, OSError) as error:
-            raise ValueError(f'the training state {states[-1]} cannot be resumed: {error}; remove that '
-                             'folder to go on from the one before, if there is one') from None
-        for name, mark in self.marks.items():
-            check(facts.get(name) == mark, f'expected the {name} that {self.out} was begun with, found other '
-                                           f'contents; give the old as --{name}, or start a new run')
-        for name, w in own.items():
-            w.copy_(tensors[name])
-        self.first = facts['images'] // self.config.batch
+            saved = unet.read_json(folder / 'state.json')
+            loaded = {name: unet.read_tensors(folder / f'{name}.safetensors')
+                      for name in self.state()}
+        except (UserError, OSError) as error:
+            raise UserError(f'{folder} is damaged ({error}); remove it to resume from the state '
+                            'before it') from None
+        for name, value in self.fingerprints.items():
+            check(saved.get(name) == value, f'{folder} was made with another {name} than --{name} '
+                                            'gives; give the old one, or start a new run')
+        for name, tensors in self.state().items():
+            for key, tensor in tensors.items():
+                tensor.copy_(loaded[name][key])
+        self.first = saved['images'] // self.config.batch
         for optimizer in self.optimizers.values():
             for step in optimizer.steps:
                 step.fill_(self.first)
-        self.log.images, self.log.seconds = facts['images'], facts['seconds']
-        if RANK == 0:                           # rows after the state will be written again
-            self.log.file.touch()
-            kept = self.log.file.read_bytes()[:facts['log_bytes']]
-            os.truncate(self.log.file, kept.rfind(b'\n') + 1)
-            write_json(self.out / 'config.json', settings)      # with what was given anew
-            print(f'Resuming {self.out} at {facts["images"]} images', flush=True)
-        owed, drawn_at = facts['owed'], generator_in(self.out / 'generator')[1].get('images')
-        if self.first >= self.iterations and drawn_at != facts['images'] and 'pictures' not in owed:
-            owed.insert(0, 'pictures')          # it ends here, since a shorter --kimg was given, say
-        if owed:
-            self.measure(facts['images'], owed)
-            if RANK == 0:
-                self.save_facts(states[-1], facts['images'], owed)
+        self.log.resume(saved['images'], saved['seconds'])
+
+    def sampler(self, z, noise, context):
+        with self.autocast():
+            return generate(self.ema, z, context, self.config.t_init, noise=noise)
+
+    @torch.no_grad()
+    def save_images(self, seen):
+        """Save the EMA as generator/, for diffusers, and a grid of 16 fixed prompts and seeds.
+
+        After an interruption this completes what is missing."""
+        grid = self.out / f'grid_{seen:09d}.png'
+        if grid.exists():
+            return
+        if seen:
+            unet.save(self.ema, self.out / 'generator' / 'unet')
+            unet.write_json(self.out / 'generator' / 'generator.json', dict(
+                teacher=relative(self.config.teacher), tokenizer=relative(self.config.tokenizer),
+                t_init=self.config.t_init, size=self.shape[1] * self.vae.factor, images=seen))
+        prompts = self.prompts[::max(1, len(self.prompts) // 16)][:16]
+        self.ema.to(self.device)
+        images = [sample_images(self.sampler, self.vae, self.encode([prompt]), [i], self.shape)[0]
+                  for i, prompt in enumerate(prompts)]
+        self.ema.to(self.config.ema_device or self.device)
+        save_png(make_grid(images, prompts, columns=4), grid)
+
+    @torch.no_grad()
+    def score(self, seen):
+        """Compute the FID of the EMA, with images from all processes, and log it."""
+        began, moments = time.time(), fid.Moments()
+        self.ema.to(self.device)
+        batch = min(self.config.micro_batch, 16)        # decoding needs more memory than training
+        for indices in torch.arange(self.config.fid_num)[RANK::WORLD].split(batch):
+            seeds = indices.tolist()
+            context = self.encode([self.captions[i % len(self.captions)] for i in seeds])
+            images = sample_images(self.sampler, self.vae, context, seeds, self.shape)
+            moments.add(fid.features(self.inception, images, self.stats['preset'] or 'clean'))
+            if self.signal:                     # the time before a kill is for the state
+                break
+        self.ema.to(self.config.ema_device or self.device)
+        if TORCHRUN:
+            sums = [torch.as_tensor(x, dtype=torch.float64)
+                    for x in (moments.n, moments.sum, moments.product)]
+            for x in sums:
+                dist.all_reduce(x)
+            moments.n, moments.sum, moments.product = int(sums[0]), sums[1].numpy(), sums[2].numpy()
+        if RANK == 0 and moments.n == self.config.fid_num:
+            value = fid.frechet_distance(
+                moments.mu, moments.sigma, self.stats['mu'], self.stats['sigma'])
+            say(f'{seen:8d} images  FID {value:.4f} of {moments.n} generated images')
+            self.log.write(dict(images=seen, seconds=self.log.seconds(), fid=value,
+                                fid_seconds=time.time() - began))
 
     def close(self):
-        """The last word, and the exit code of an interruption."""
-        if RANK == 0 and self.told:
-            print(f'Interrupted; the state is saved. Go on with:\n    python sid_lsg.py train '
-                  f'--resume {self.out}', flush=True)
-        elif RANK == 0:
-            print(f'The generator is in {self.out}/generator, its pictures from first to last in '
-                  f'{self.out}/grid_*.png. Try it:\n    python sid_lsg.py sample --generator {self.out} '
-                  f'"{self.prompts[0]}"')
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        if dist.is_initialized():
+        """Say how the run ended. Exit with 128 + the number of a signal that stopped it."""
+        if TORCHRUN:
             dist.destroy_process_group()
-        if self.told:
-            sys.exit(128 + self.told)
+        if self.signal:
+            if RANK == 0:
+                say('Interrupted. The state is saved; resume with\n'
+                    f'    python sid_lsg.py train --resume {self.out}')
+            sys.exit(128 + self.signal)
+        if RANK == 0:
+            say(f'The generator is in {self.out}/generator. Compare the first and last of '
+                f'{self.out}/grid_*.png, then try\n'
+                f'    python sid_lsg.py sample --generator {self.out} "{self.prompts[0]}"')
 
 
-def fingerprint(*nets):
-    """SHA-256 of a column of every tensor of fp32 nets: enough to know them by, and soon computed."""
-    columns = [w[(slice(None), *[0] * (w.ndim - 1))] for net in nets for w in net.state_dict().values()]
-    return hashlib.sha256(torch.cat(columns).cpu().numpy().tobytes()).hexdigest()
+def fingerprint(tokenizer, *nets):
+    """Return a SHA-256 of a tokenizer and of one column of every weight of fp32 networks."""
+    weights = [w for net in nets for w in net.state_dict().values()]
+    columns = [w.flatten(1)[:, 0] if w.ndim > 1 else w for w in weights]
+    words = json.dumps([tokenizer.vocab, tokenizer.merges])
+    return hashlib.sha256(torch.cat(columns).cpu().numpy().tobytes() + words.encode()).hexdigest()
 
 
 def recompute_in_backward(net):
-    """Let the big blocks of a net keep only their inputs, and run again in the backward pass."""
+    """Keep only the inputs of large blocks for the backward pass, which runs them again."""
     for module in net.modules():
         if isinstance(module, (unet.ResnetBlock, unet.SpatialTransformer)):
             module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
 
 
-def draw_curves(log_file, path):
-    """All numbers of a log.jsonl over the images seen, one small panel each, as PNG."""
-    lines = Path(log_file).read_text(encoding='utf-8', errors='replace').splitlines()
-    rows = [json.loads(line) for line in lines if line[:1] == '{' and line[-1:] == '}']     # others are torn
-    names = [name for name in dict.fromkeys(name for row in rows for name in row)
-             if name != 'images' and 'seconds' not in name]
-    wide, high = 320, 120
-    sheet = Image.new('RGB', (2 * wide, math.ceil(len(names) / 2) * high), 'white')
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
-    for i, name in enumerate(names):
-        points = [(row['images'], row[name]) for row in rows if row.get(name) is not None]
-        if not points:
-            continue
-        x, y = np.array(points, dtype=float).T
-        low, top = np.percentile(y, [1, 99])    # a single spike shall not flatten the rest
-        left, bottom = i % 2 * wide + 12, i // 2 * high + high - 14
-        across = left + (wide - 24) * x / max(x.max(), 1)
-        up = bottom - (high - 40) * np.clip((y - low) / max(top - low, 1e-12), 0, 1)
-        pen.line([left, bottom, left + wide - 24, bottom], 'lightgray')
-        pen.line(list(zip(across, up)), 'navy')
-        text = f'{name}: {y[-1]:.4g}, from {low:.4g} to {top:.4g}'
-        pen.text((left, bottom - high + 18), text, 'black', font)
-    save_png(sheet, path)
-
-
-def clock(seconds):
-    return f'{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}'
-
-
-# ---------------------------------------------------------------------------------------------------
-# Pictures
+# -------------------------------------------------------------------------------------------------
+# Sampling
 
 @torch.no_grad()
 def sample(config):
-    """Pictures of every prompt with every seed (without seeds: prompt i with seed i) in a folder.
+    """Sample an image for every prompt and seed into a folder, and print the paths.
 
-    Their paths go to stdout. Pictures that are there already are not drawn again; the processes of a
-    torchrun share what is left."""
-    net, vae, encode, jobs, todo, shape, facts, out = open_sample(config)
-    null = encode([''])
-    config.batch = max(min(config.batch, len(todo)), 1)
-    if config.compile:
-        compile_to_draw(net, vae.decoder, encode.net, config.batch)
+    Images that are there already are kept. The processes of torchrun share the rest."""
+    # First everything that a user can get wrong, before a weight is read.
+    texts = list(config.texts)
+    if config.prompts:
+        texts += clip_text.read_prompts(config.prompts)
+    check(texts, 'sample needs a prompt, in quotes, or --prompts FILE')
+    check(config.batch > 0, f'--batch must be above 0, found {config.batch}')
+    check(config.out or not TORCHRUN, 'torchrun needs --out, one folder for all processes')
+    jobs = [(text, seed) for i, text in enumerate(texts)
+            for seed in (parse_seeds(config.seeds) if config.seeds else [i])]
+    device, dtype = choose_device(config.device), DTYPES[config.precision]
+    if config.teacher_steps:
+        check(0 < config.teacher_steps < 1000 and not config.generator and config.steps == 1,
+              '--teacher-steps must be 1 to 999, without --generator and --steps')
+        path = config.teacher = config.teacher or str(TINY_TEACHER)
+        info = dict(teacher_steps=config.teacher_steps, kappa=config.kappa)
+    else:
+        path, info = find_generator(config.generator, config.teacher)
+        info['steps'] = config.steps
+    teacher = config.teacher or info.pop('teacher')
+    tokenizer = info.pop('tokenizer', '')
+    out = new_folder(config.out, 'samples')
+    todo = open_samples(out, jobs, dict(info, precision=config.precision))
 
-    def make(z, fresh, context):
+    # Then the networks.
+    net = place(unet.load(path, dtype), device)
+    vae = place(vae_module.load(teacher, dtype), device)
+    encode = PromptEncoder(teacher, tokenizer, net, device, dtype)
+    shape, null = latent_shape(info.get('size', 0), net, vae), encode([''])
+    warn_of_long_prompts(texts, encode.tokenizer)
+
+    def sampler(z, noise, context):
         if config.teacher_steps:
             return ddim(net, z, context, null, config.kappa, config.teacher_steps)
-        return generate(net, z, context, int(facts['t_init']), config.steps, fresh)
+        return generate(net, z, context, info['t_init'], config.steps, noise)
 
+    # Last the images. Threads write them while the next batch is computed.
     began = printed = time.time()
-    saving = []
-
-    def finish_saving():
-        with user_errors():
+    with ThreadPoolExecutor() as pool:
+        saving = []
+        for start in range(0, len(todo), config.batch):
+            indices = todo[start:start + config.batch]
+            texts, seeds = zip(*(jobs[i] for i in indices))
+            images = sample_images(sampler, vae, encode(texts), seeds, shape)
             for path in saving:
                 print(path.result(), flush=True)
-
-    with ThreadPoolExecutor() as pool:          # encodes PNGs while the next batch is computed
-        for done in range(0, len(todo), config.batch):
+            saving = [pool.submit(save_png, image, out / f'{i:06d}.png', prompt=text, seed=seed)
+                      for i, image, text, seed in zip(indices, images, texts, seeds)]
             if time.time() - printed > 5:
-                printed, pace = time.time(), (time.time() - began) / done
-                print(f'{done} of {len(todo)} pictures, {1 / pace:.1f} a second, '
-                      f'{clock(pace * (len(todo) - done))} left', file=sys.stderr)
-            rows = todo[done:done + config.batch]
-            # Compiled for one shape: the last batch is filled up, and what fills it is not kept.
-            filled = rows + rows[-1:] * (config.batch - len(rows)) if config.compile else rows
-            texts, seeds = zip(*(jobs[i] for i in filled))
-            images = draw_pictures(make, vae, encode(texts), seeds, shape)
-            finish_saving()
-            saving = [pool.submit(save_png, image, out / f'{i:06d}.png', prompt=text, seed=seed, **facts)
-                      for i, image, text, seed in zip(rows, images, texts, seeds)]
-        finish_saving()
-    first = [out / f'{i:06d}.png' for i in range(min(len(jobs), 64))]
-    if all(path.is_file() for path in first):   # else another process is still at it, and will do this
-        columns = min(8, len(parse_seeds(config.seeds)) if config.seeds else math.ceil(len(first) ** 0.5))
-        with user_errors():
-            print(save_png(make_grid([np.asarray(Image.open(path)) for path in first],
-                                     [f'{text} [{seed}]' for text, seed in jobs], columns),
-                           out / 'grid.png'), flush=True)
+                printed, done = time.time(), start + len(indices)
+                pace = (printed - began) / done
+                left = timedelta(seconds=int(pace * (len(todo) - done)))
+                say(f'{done} of {len(todo)} images, {1 / pace:.1f} per second, {left} left',
+                    sys.stderr)
+        for path in saving:
+            print(path.result(), flush=True)
+    if not TORCHRUN:
+        first = jobs[:64]
+        images = [np.asarray(Image.open(out / f'{i:06d}.png')) for i in range(len(first))]
+        labels = [f'{text} [{seed}]' for text, seed in first]
+        columns = min(8, len(parse_seeds(config.seeds)) if config.seeds else len(first))
+        print(save_png(make_grid(images, labels, columns), out / 'grid.png'))
 
 
-def compile_to_draw(net, decoder, text, batch):
-    """torch.compile the nets that draw `batch` pictures at a time; a single one in CUDA graphs."""
-    # The text encoder is little work in many kernels: it counts where these wait for the host to start them.
-    for part in (net, decoder, text) if batch == 1 else (net, decoder):
-        part.compile(dynamic=False, mode='reduce-overhead' if batch == 1 else 'default')
+def open_samples(out, jobs, info):
+    """Return the indices of jobs, (prompt, seed) each, that have no image in the folder yet.
+
+    sample.json says how the folder's images were made; others are refused."""
+    file, jobs = out / 'sample.json', [list(job) for job in jobs]
+    if file.exists():
+        saved = unet.read_json(file)
+        known = saved.pop('jobs')
+        other = sorted(key for key in {*saved, *info} if saved.get(key) != info.get(key))
+        check(not other, f'{out} holds images that were made with another {", ".join(other)}: '
+                         f'{[saved.get(key) for key in other]}; give another --out')
+        same = min(len(known), len(jobs))
+        check(known[:same] == jobs[:same], f'{out} holds images of other prompts or seeds; give '
+                                           'another --out')
+        if len(known) > len(jobs):
+            say(f'{out} holds {len(known)} images, more than the {len(jobs)} asked for', sys.stderr)
+            jobs = known
+    check(file.exists() or not any(out.glob('[0-9]*.png')),
+          f'{out} holds images but no sample.json; give another --out')
+    if RANK == 0:
+        unet.write_json(file, dict(info, jobs=jobs))
+    todo = [i for i in range(len(jobs)) if not (out / f'{i:06d}.png').exists()]
+    if len(todo) < len(jobs):
+        say(f'{len(jobs) - len(todo)} of {len(jobs)} images are there already', sys.stderr)
+    return todo[RANK::WORLD]
 
 
-def draw_pictures(make, vae, context, seeds, shape):
-    """uint8 (B, H, W, 3) of the latents make(z, fresh, context), picture i's noise drawn with seeds[i].
+def sample_images(sampler, vae, context, seeds, shape):
+    """Sample uint8 images (B, H, W, 3): decode the latents of sampler(z, noise, context).
 
-    The noise is the CPU's: a picture depends on prompt and seed, not on neighbours, batch or device."""
-    sources = [torch.Generator().manual_seed(seed) for seed in seeds]
+    The noise comes from the CPU and seeds[i], so image i does not depend on batch and device."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    def fresh(_=None):
-        return send(torch.stack([torch.randn(shape, generator=source) for source in sources]), context.device)
-    return to_uint8(vae.decode(make(fresh(), fresh, context)))
+    def noise(like=None):
+        rows = [torch.randn(shape, generator=generator) for generator in generators]
+        return to_device(torch.stack(rows), context.device)
+    return to_uint8(vae.decode(sampler(noise(), noise, context)))
+
+
+def to_uint8(images):
+    """Convert (B, 3, H, W), about [-1, 1], to numpy uint8 (B, H, W, 3): x 127.5 + 128, clipped.
+
+    As in the official generate_onestep.py 300."""
+    images = (images.float() * 127.5 + 128).clip(0, 255).to(torch.uint8)
+    return images.permute(0, 2, 3, 1).cpu().numpy()
 
 
 def ddim(net, z, context, null, kappa, steps):
-    """The teacher's own sampler: deterministic DDIM (arXiv 2010.02502), x_0 (B, 4, H, W) from z.
+    """Sample latents (B, 4, H, W) from the teacher with deterministic DDIM (arXiv 2010.02502).
 
-    For comparison. Its steps are those of diffusers for SD: t = 1 + i (1000 // steps), and the last ends
-    at t = 0, not beyond."""
+    The timesteps are those of diffusers for SD: 1 + i (1000 // steps). The last step ends at 0."""
     stride, x = 1000 // steps, z
     for i in reversed(range(steps)):
         t = torch.full((len(z),), 1 + i * stride, device=z.device)
@@ -907,668 +848,317 @@ def ddim(net, z, context, null, kappa, steps):
     return x
 
 
-def to_uint8(images):
-    """(B, 3, H, W), about [-1, 1], -> numpy uint8 (B, H, W, 3): x 127.5 + 128, cut.
-
-    As in the official generate_onestep.py 300."""
-    return (images.float() * 127.5 + 128).clip(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-
-
-def save_png(image, path, **text):
-    """Write an array or Image under a temporary name, then rename it; `text` goes into text chunks.
-
-    Returns the path."""
-    info = PngInfo()
-    for key, value in text.items():
-        info.add_text(key, str(value))
-    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    new = f'{path}.{RANK}.tmp'          # of torchrun's processes each may write the grid
-    try:
-        image.save(new, format='PNG', pnginfo=info)
-        return Path(new).replace(path)
-    except OSError:
-        Path(new).unlink(missing_ok=True)
-        raise
-
-
-def full_path(name):
-    """An absolute path, for use from elsewhere; '' and repo ids stay what they are."""
-    return str(Path(name).resolve()) if name and Path(name).exists() else name
-
-
-def write_json(path, content):
-    """Whole or not at all, whatever goes out in the middle."""
-    with open(f'{path}.tmp', 'w', encoding='utf-8') as file:
-        file.write(json.dumps(content, indent=2) + '\n')
-        file.flush()
-        os.fsync(file.fileno())
-    Path(f'{path}.tmp').replace(path)
-
-
-def make_grid(images, labels, columns):
-    """All pictures in one, each over its label; small ones enlarged unsmoothed to 128 pixels or more."""
-    side, lines, font = images[0].shape[0], 4, ImageFont.load_default(11)
-    cell = side * math.ceil(128 / side)
-    wide, high = cell + 8, cell + 8 + 13 * lines
-    sheet = Image.new('RGB', (columns * wide + 8, math.ceil(len(images) / columns) * high + 8), 'white')
-    pen = ImageDraw.Draw(sheet)
-    for i, (image, label) in enumerate(zip(images, labels)):
-        x, y = 8 + i % columns * wide, 8 + i // columns * high
-        sheet.paste(Image.fromarray(image).resize((cell, cell), Image.NEAREST), (x, y))
-        words = textwrap.wrap(label, cell // 6, max_lines=lines, placeholder=' ...')
-        pen.multiline_text((x, y + cell), '\n'.join(words), 'black', font, spacing=2)
-    return sheet
-
-
-# ---------------------------------------------------------------------------------------------------
-# Checkpoints in other shapes
-
-def convert(config):
-    """Any checkpoint or generator, to a folder in diffusers layout or to one original-style file."""
-    with user_errors():
-        source, target = unet.locate(config.source), Path(config.target)
-        check(config.overwrite or not target.exists(),
-              f'{target} exists already, nothing was overwritten; give another name, or --overwrite')
-        check((target / 'unet').is_dir() or not target.is_dir(),
-              f'{target} is a folder that holds no checkpoint, so it is not replaced; give another name')
-        single = target.suffix == '.safetensors'
-        folder, facts = generator_in(source)
-        pickled = source.is_file() and is_official_pickle(source)
-        student = bool(facts) or pickled
-        net = read_official_pickle(source) if pickled else unet.load(folder if facts else config.source)
-        alone = pickled or (folder.is_dir() and not (folder / 'vae').is_dir()       # a UNet, and nothing else
-                            and (bool(facts) or (source / 'config.json').is_file()))
-        teacher = config.teacher or facts.get('teacher') or ('' if alone else config.source)
-        check(teacher or not single,
-              f'{source} is a UNet alone, and {target} needs a VAE and a text encoder too; '
-              'give --teacher, the checkpoint to take them from')
-        config.precision = config.precision or ('fp16' if single else 'fp32')
-        vae, text = (vae_module.load(teacher), clip_text.load(teacher)) if teacher else (None, None)
-        tokenizer = None if single or not teacher else clip_text.load_tokenizer(
-            config.tokenizer or facts.get('tokenizer') or teacher)
-        if teacher:
-            check_parts(text, tokenizer, net, teacher)
-        dtype = DTYPES[config.precision]
-        biggest = max((w.abs().max().item(), name) for part in (net, vae, text) if part is not None
-                      for name, w in part.state_dict().items())
-        check(biggest[0] <= torch.finfo(dtype).max,
-              f'{source} has {biggest[0]:g} in the tensor {biggest[1]}, more than fp16 holds; '
-              'use --precision fp32')
-        new, old = (target.with_name(target.name + end) for end in ('.tmp', '.old'))
-        aside = os.path.lexists(target) and not (single and target.is_file())      # a rename replaces a file
-        for path in (new, old) if aside else (new,):
-            check(not path.exists(), f'{path} is in the way, perhaps of a convert that was killed; remove it'
-                  + f' once {target} is whole' * (path == old) + ', then do this again')
-        target.parent.mkdir(parents=True, exist_ok=True)
-        facts = {'t_init': 625, **facts} if student else {}
-        for part in ('teacher', 'tokenizer'):           # they are in the folder or file, or nowhere
-            facts.pop(part, None)
-        try:
-            if single:
-                unet.write_tensors(original_tensors(net, vae, text, dtype, source, target), new, facts)
-            elif teacher:
-                write_pipeline(new, net, vae, text, tokenizer, dtype, 'DDPM' if student else 'DDIM')
-            else:
-                unet.save(net, new / 'unet', dtype)
-            if student and not single:
-                write_json(new / 'generator.json', facts)
-            if aside:
-                target.replace(old)
-            new.replace(target)
-            if aside:
-                remove(old)
-        finally:
-            remove(new)
-    print(f'{target}: {"a one-step generator" if student else "a diffusion model"} in {config.precision}')
-
-
-def remove(path):
-    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
-
-
-def original_tensors(net, vae, text, dtype, source, target):
-    """The 1,131 tensors of an original single file, as web UIs open it: {name: tensor}.
-
-    ValueError where the nets are not built as SD 1.5 is, since such a file cannot say so."""
-    with torch.device('meta'):
-        like = unet.UNet(), vae_module.VAE(), clip_text.TextEncoder()
-    heads = (net.mid_block.attentions[0].transformer_blocks[0].attn2.heads,
-             text.text_model.encoder.layers[0].self_attn.heads)
-    check(all(a.state_dict().keys() == b.state_dict().keys() for a, b in zip((net, vae, text), like))
-          and (heads, net.conv_norm_out.num_groups, vae.scale) == ((8, 12), 32, 0.18215),
-          f'{source} does not fit into {target}: such a file does not say how its nets are built, so '
-          'expected SD 1.5\'s way, 4 levels of 2 resnets and 8 heads; found another, write a folder')
-    names, prefix = unet.original_names(net), unet.PREFIX
-    tensors = {prefix['unet'] + names[key]: w for key, w in net.state_dict().items()}
-    for key, w in vae.state_dict().items():     # there the attention is convolutions of 1 x 1
-        w = w[:, :, None, None] if '.attentions.' in key and w.ndim == 2 else w
-        tensors[prefix['vae'] + vae_module.original_name(key)] = w
-    text_prefix = prefix['text_encoder'] + 'transformer.'
-    tensors |= {text_prefix + key: w for key, w in text.state_dict().items()}
-    tensors = {name: w.to(dtype) for name, w in tensors.items()}
-    tensors[text_prefix + 'text_model.embeddings.position_ids'] = torch.arange(clip_text.LENGTH)[None]
-    return tensors
-
-
-def write_pipeline(folder, net, vae, text, tokenizer, dtype, scheduler):
-    """A whole checkpoint in diffusers layout; `scheduler` is the class it opens with there, less its end.
-
-    DDPM makes one step from t_init to 0 exact; DDIM is for what takes many steps."""
-    unet.save(net, folder / 'unet', dtype)
-    vae_module.save(vae, folder / 'vae', dtype)
-    clip_text.save(text, folder / 'text_encoder', dtype)
-    clip_text.save_tokenizer(tokenizer, folder / 'tokenizer')
-    (folder / 'scheduler').mkdir(exist_ok=True)
-    write_json(folder / 'scheduler' / 'scheduler_config.json', {
-        '_class_name': f'{scheduler}Scheduler', 'beta_start': 0.00085, 'beta_end': 0.012,
-        'beta_schedule': 'scaled_linear', 'num_train_timesteps': 1000, 'clip_sample': False,
-        'set_alpha_to_one': False, 'steps_offset': 1, 'prediction_type': 'epsilon'})
-    write_json(folder / 'model_index.json', {
-        '_class_name': 'StableDiffusionPipeline', 'unet': ['diffusers', 'UNet2DConditionModel'],
-        'vae': ['diffusers', 'AutoencoderKL'], 'text_encoder': ['transformers', 'CLIPTextModel'],
-        'tokenizer': ['transformers', 'CLIPTokenizer'], 'scheduler': ['diffusers', f'{scheduler}Scheduler'],
-        'safety_checker': [None, None], 'feature_extractor': [None, None], 'requires_safety_checker': False})
-
-
-def is_official_pickle(file):
-    """Whether a file is a bare pickle, as the official code writes generators, not one by torch.save."""
-    with open(file, 'rb') as opened:
-        head = opened.read(64)
-    # Safetensors may begin with that byte too, but have { at byte 8; torch.save's old format has a magic.
-    return (head[:1] == b'\x80' and head[8:9] != b'{'
-            and b'l\xfc\x9cF\xf9 j\xa8P\x19' not in head)
-
-
-class OfficialUnpickler(pickle.Unpickler):
-    """Reads pickle.dump(dict(ema=UNet2DConditionModel)) without running anything that is in it.
-
-    Every class of diffusers and torch.nn becomes an empty one that only keeps its attributes; tensors are
-    rebuilt by torch's own functions; any other name is refused."""
-
-    def find_class(self, module, name):
-        known = {
-            'collections.OrderedDict': dict,
-            'torch._utils._rebuild_parameter': torch._utils._rebuild_parameter,
-            'torch._utils._rebuild_tensor_v2': torch._utils._rebuild_tensor_v2,
-            # torch's own is a complete torch.load, which would unpickle anything.
-            'torch.storage._load_from_bytes': lambda b: torch.load(io.BytesIO(b), weights_only=True)}
-        if f'{module}.{name}' in known:
-            return known[f'{module}.{name}']
-        check(module.startswith(('diffusers.', 'torch.nn.modules.', 'xformers.', 'peft.')),
-              f'asks for {module}.{name}, which no generator needs')
-        return type(name, (dict,), {'__init__': lambda self, *_: None})
-
-
-def read_official_pickle(file):
-    """The UNet in an official SiD-LSG generator (training/sid_training_loop.py 641-650), fp32."""
-    def tensors(module, prefix=''):
-        for kind in ('_parameters', '_buffers'):
-            for name, tensor in module.__dict__[kind].items():
-                if tensor is not None:
-                    yield prefix + name, tensor
-        for name, child in module.__dict__['_modules'].items():
-            if child is not None:
-                yield from tensors(child, f'{prefix}{name}.')
-    try:
-        with open(file, 'rb') as opened:
-            module = OfficialUnpickler(opened).load()['ema']
-        config, weights = module.__dict__['_internal_dict'], dict(tensors(module))
-    except Exception as error:          # whatever a damaged or hostile file brings about
-        reason = unet.asked_for(error) or ' '.join(f'{type(error).__name__}: {error}'.split())[:200]
-        raise ValueError(f'{file} is no official SiD-LSG generator, or cut off ({reason}); '
-                         'expected a pickle of a diffusers UNet under "ema"') from None
-    return unet.from_config(config, weights, file)
-
-
-# ---------------------------------------------------------------------------------------------------
-# Nets on a device
-
-def choose_device(name):
-    name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
-    if name == 'cuda' and 'LOCAL_RANK' in os.environ:           # torchrun: a GPU each
-        name = f'cuda:{os.environ["LOCAL_RANK"]}'
-    device = usable_device(name)
-    # fp32 is fp32, as in the official sid_training_loop.py 241-242; torch's default is TF32 in convolutions.
-    torch.backends.cudnn.allow_tf32 = False
-    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)       # glibc's
-    if device.type == 'cpu' and mallopt:
-        # M_MMAP_MAX 0, M_TRIM_THRESHOLD at its most (malloc.h): memory that big tensors free is kept for
-        # the next ones. From the system it would come as new pages, a tenth of the VAE's time at 512 px.
-        mallopt(-4, 0)
-        mallopt(-1, 2 ** 31 - 1)
-    return device
-
-
-def arithmetic(precision, device):
-    """That precision, or fp32 where a CPU could only emulate it, two to three times slower."""
-    # A CPU that can has, say, avx512_bf16, bf16 or fp16_arith. Older torch has no such function.
-    abilities = getattr(torch.cpu, 'get_capabilities', dict)()
-    able = device.type != 'cpu' or any(has and precision in what for what, has in abilities.items())
-    return precision if able else 'fp32'
-
-
-def place(net, device, dtype=torch.float32):
-    """A frozen net on the device, to draw with in that dtype.
-
-    On a CPU, big layers that would grow stay as they are, mapped from their file, and each is converted
-    for its own call, into memory that all share: SD 1.5 from an fp16 file draws in fp32 with 3.4 GB less,
-    and starts sooner, since conversion is cheap and fresh memory is not."""
-    net.requires_grad_(False)
-    kept = {layer: layer.weight.data for layer in net.modules() if device.type == 'cpu'
-            and isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))
-            and layer.weight.itemsize < dtype.itemsize and layer.weight.numel() > 2 ** 16}
-    for layer in kept:
-        layer.weight.data = torch.empty(0)
-    net.to(device, dtype, memory_format=torch.channels_last)
-    memory = torch.empty(max((w.numel() for w in kept.values()), default=0), dtype=dtype)
-
-    def convert(layer, inputs):
-        w = kept[layer]
-        wide = memory[:w.numel()].view(w.movedim(1, -1).shape).movedim(-1, 1)      # channels last
-        layer.weight.data = wide.copy_(w)
-
-    def restore(layer, *_):
-        layer.weight.data = kept[layer]
-    for layer in kept:
-        restore(layer)
-        layer.register_forward_pre_hook(convert)
-        layer.register_forward_hook(restore)
-    return net
-
-
-def check_parts(text, tokenizer, net, path):
-    """ValueError where the text encoder of the checkpoint `path` does not fit the tokenizer or the UNet."""
-    words, width = text.text_model.embeddings.token_embedding.weight.shape
-    end = min(words, 49408) - 1         # tokens that a fine-tuning added come after CLIP's, and are not used
-    if tokenizer:
-        check(tokenizer.end == end, f'expected the tokenizer of {path}, whose end token is {end}, found one '
-                                    f'with {tokenizer.end}; give --tokenizer, the folder of its own')
-    takes = net.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.in_features
-    check(width == takes, f'expected text states of {takes} numbers for this UNet, found {width} in {path}; '
-                          'give --teacher, the checkpoint that it was made from')
-
-
-def load_parts(path, device, net=None, tokenizer='', dtype=torch.float32, stored=torch.float32):
-    """The VAE and `encode` of a checkpoint: encode(list of B str) -> context (B, 77, D) on the device.
-
-    Its tokenizer is third; `tokenizer` may name another one's folder. They shall fit the UNet `net`. They
-    compute in dtype; `stored` is what they are loaded in, None for the file's own. encode.net is the
-    text encoder."""
-    tokenizer = clip_text.load_tokenizer(tokenizer or path)
-    vae, text = (place(part.load(path, stored), device, dtype) for part in (vae_module, clip_text))
-    if net:
-        check_parts(text, tokenizer, net, path)
-
-    @torch.no_grad()
-    def encode(texts):
-        return text(send(tokenizer(texts), device)).clone()     # a CUDA graph's next call writes over it
-    encode.net = text
-    return vae, encode, tokenizer
-
-
-# ---------------------------------------------------------------------------------------------------
-# The door: what a user can get wrong is found here, before any work, and answered in one sentence
-
-@contextlib.contextmanager
-def user_errors():
-    """Turns what is wrong with files, settings or numbers into a sentence and exit code 2.
-
-    It goes around opening, measuring and saving, never around the two steps of an iteration."""
-    try:
-        yield
-    except (ValueError, OSError, SafetensorError, FloatingPointError) as error:
-        print(f'sid_lsg: {error}', file=sys.stderr)
-        sys.exit(2)
-
-
-def warn_of_cuts(prompts, tokenizer):
-    """Say on stderr which prompts do not fit into CLIP's 77 positions, and what of them is lost."""
-    # A token is a byte at least; only what is not ASCII can grow by being normalised.
-    long = [prompt for prompt in prompts if len(prompt) > clip_text.LENGTH - 2 or not prompt.isascii()]
-    cut = [(prompt, lost) for prompt in long if (lost := tokenizer.lost(prompt))]
-    for prompt, lost in cut[:3]:
-        fid.warn(f'"{textwrap.shorten(prompt, 60)}" is longer than {clip_text.LENGTH} tokens, '
-                 f'this is cut: "{textwrap.shorten(lost, 200)}"')
-    if len(cut) > 3:
-        fid.warn(f'{len(cut) - 3} more prompts are longer than {clip_text.LENGTH} tokens and are cut')
-
-
-def new_folder(given, parent):
-    """The folder to write: `given`, or the next free parent/NNN."""
-    taken = [int(p.name) for p in Path(parent).glob('[0-9]*') if p.name.isdigit()]
-    folder = Path(given or f'{parent}/{max(taken, default=-1) + 1:03d}')
-    check(folder.is_dir() or not folder.exists(),
-          f'expected a folder for --out, found a file at {folder}; give another')
-    folder.mkdir(parents=True, exist_ok=bool(given))    # runs started together shall not share one
-    return folder
-
-
-def latent_shape(size, net, vae):
-    """(4, h, w) of the latents for pictures `size` pixels wide; 0 means what the net was trained at."""
-    size, below = size or net.sample_size * vae.factor, 2 ** (len(net.down_blocks) - 1)
-    check(size > 0 and size % (vae.factor * below) == 0,
-          f'expected --size to be a multiple of {vae.factor * below}, the VAE\'s factor {vae.factor} '
-          f'times the UNet\'s {below}, got {size}')
-    return 4, size // vae.factor, size // vae.factor
-
-
-def check_kinds(config):
-    """ValueError for a setting that is not of its field's kind; a sid_lsg.json may hold anything."""
-    for f in fields(config):
-        value, choices = getattr(config, f.name), f.metadata.get('choices')
-        if choices:
-            good, kind = value in choices, f'one of {", ".join(choices)}'
-        elif f.type in (str, bool):
-            good, kind = isinstance(value, f.type), 'text' if f.type is str else 'true or false'
-        else:
-            numbers, whole, signed = np.atleast_1d(value), f.type is int, f.name in ('kappa', 'alpha')
-            good = (np.ndim(value) <= (f.type is tuple) and numbers.dtype.kind in ('iu' if whole else 'iuf')
-                    and np.isfinite(numbers).all() and (signed or numbers.min() >= 0))
-            kind = f'a {"whole" if whole else "finite"} number' + ('' if signed else ', 0 or more')
-        check(good, f'expected --{f.name.replace("_", "-")} to be {kind}, got {value}')
-
-
-def check_numbers(config):
-    """ValueError for a setting of train that makes no sense, or not among so many processes."""
-    check(len(config.kappa) == 3,
-          'expected --kappa with one number, or three (kappa1, kappa2 = kappa3, kappa4), '
-          f'got {len(config.kappa)}')
-    check(min(config.batch, config.micro_batch) > 0 and config.batch % (config.micro_batch * WORLD) == 0,
-          'expected --batch to be a multiple of --micro-batch'
-          + (f' times the {WORLD} processes' if WORLD > 1 else '')
-          + f', got {config.batch} and {config.micro_batch}')
-    check(0 <= config.t_min < config.t_max <= 1000 and 0 <= config.t_init < 1000,
-          'steps lie in 0 ... 999 and --t-min below --t-max, got '
-          f'--t-min {config.t_min} --t-max {config.t_max} --t-init {config.t_init}')
-    check(0 <= config.drop <= 1, f'expected --drop to be a share from 0 to 1, got {config.drop}')
-    check(min(config.kimg, config.grid_kimg, config.save_every, config.fid_every) > 0,
-          'expected --kimg, --grid-kimg, --save-every and --fid-every above 0')
-    check(config.fid_num >= 2 * WORLD,
-          f'expected --fid-num to be 2 a process or more, got {config.fid_num}')
-    check(config.progress_samples == 0 or config.progress_samples > 16,
-          'expected --progress-samples to be 0 or more than the 16 numbers that each is pooled to, '
-          f'got {config.progress_samples}')
-
-
-def open_scoring(config, prompts, device):
-    """For FID while training: statistics to compare with, Inception, and the captions to draw."""
-    stats, path = fid.load_stats(config.fid_stats), config.fid_stats
-    check(stats and len(stats['mu']) == 2048 and stats['preset'] in ('', *fid.PRESETS),
-          f'expected statistics of Inception\'s 2,048 features by fid.py --save-stats in {path}, found '
-          + (f'{len(stats["mu"])} features, preset {stats["preset"] or "unknown"}' if stats else 'none'))
-    inception = fid.load_inception(config.fid_weights or fid.default_weights()).to(device)
-    if stats['weights_sha256'] not in ('', inception.sha256):
-        fid.warn(f'{path} was measured with another file of weights')
-    if not stats['preset']:
-        fid.warn(f'{path} does not say how its pictures were resized; clean is assumed')
-    captions = fid.read_lines(config.fid_prompts, '--fid-prompts') if config.fid_prompts else prompts
-    return stats, inception, captions
-
-
-def open_run(config):
-    """Check every setting, load the teacher and its parts, make or find the run folder.
-
-    The folder: config.json (settings), log.jsonl, curves.png, grid_*.png, state/ (for --resume) and
-    generator/ with unet/ (diffusers layout) and generator.json."""
-    with user_errors():
-        check_kinds(config)
-        config.kappa = tuple(np.atleast_1d(config.kappa).tolist())
-        config.kappa *= 3 if len(config.kappa) == 1 else 1
-        for name in PATHS:              # to be found from elsewhere, too
-            setattr(config, name, full_path(getattr(config, name)))
-        settings = {name: value for name, value in asdict(config).items() if name != 'resume'}
-        config.micro_batch = config.micro_batch or max(config.batch // WORLD, 1)
-        check_numbers(config)
-        device = choose_device(config.device)
-        if config.ema_device:
-            usable_device(config.ema_device, '--ema-device')
-        if WORLD > 1:
-            if device.type == 'cuda':
-                torch.cuda.set_device(device)
-            dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo',
-                                    timeout=timedelta(hours=2))     # while the first draws and saves
-        teacher = place(unet.load(config.teacher), device)
-        vae, encode, tokenizer = load_parts(config.teacher, device, teacher, config.tokenizer)
-        shape = latent_shape(config.size, teacher, vae)
-        prompts = fid.read_lines(config.prompts or Path(config.teacher) / 'prompts.txt', '--prompts')
-        scoring = open_scoring(config, prompts, device) if config.fid_stats else None
-        out = Path(config.resume)               # a new run's folder only the first process knows
-        if RANK == 0:
-            warn_of_cuts(prompts, tokenizer)
-            if not config.resume:
-                out = new_folder(config.out, 'runs')
-                check(not (out / 'config.json').exists(),
-                      f'expected a new folder for --out, found config.json in {out}; '
-                      'nothing was overwritten, give another')
-                write_json(out / 'config.json', settings)
-            print(f'Distilling {config.teacher} ({sum(p.numel() for p in teacher.parameters()) / 1e6:.1f} '
-                  f'M weights) into {out} on {device} in {config.precision}: kappa {config.kappa}, '
-                  f'{len(prompts)} prompts, {config.kimg:g} thousand images', flush=True)
-    return teacher, vae, encode, prompts, shape, scoring, out, device, settings
-
-
 def parse_seeds(text):
     """'0-7,42' -> [0, 1, ... 7, 42]"""
     seeds = []
     for part in text.split(','):
         first, dash, last = part.strip().partition('-')
-        check(first.isdecimal() and (last.isdecimal() or not dash)
-              and int(first) <= int(last or first) < min(2 ** 64, int(first) + 10 ** 6),
-              'expected --seeds as numbers below 2^64 and ranges from low to high, of a million at most, '
-              f'such as 0-7,42, got {text}')
-        seeds += range(int(first), int(last or first) + 1)
+        last = last if dash else first
+        check(first.isdecimal() and last.isdecimal() and int(first) <= int(last) < 2 ** 63
+              and int(last) - int(first) < 10 ** 6,
+              f'--seeds must be numbers and ranges such as 0-7,42, found {text}')
+        seeds += range(int(first), int(last) + 1)
     return seeds
 
 
-def generator_in(path):
-    """The generator's folder in a run folder, or `path` itself, and what its generator.json says.
+def save_png(image, file, **text):
+    """Write an array or Image as PNG, with `text` in it, whole or not at all. Return its path."""
+    info = PngInfo()
+    for key, value in text.items():
+        info.add_text(key, str(value))
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    new = Path(f'{file}.tmp')
+    # Compression at the default level would take longer than sampling the image on a GPU.
+    image.save(new, format='PNG', pnginfo=info, compress_level=1)
+    return new.replace(file)
 
-    Of a single file that convert wrote: what its header says."""
-    folder = Path(path, 'generator') if Path(path, 'generator').is_dir() else Path(path)
-    said, settings = folder / 'generator.json', folder / 'config.json'
-    if folder.is_file():
-        about = unet.read_metadata(folder)
-        facts = {name: int(about[name]) if about[name].isdecimal() else about[name]
-                 for name in ('t_init', 'size', 'images') if {name, 't_init'} <= about.keys()}
+
+def make_grid(images, labels, columns):
+    """Put images (H, W, 3) uint8 into one Image, each above its label; small ones are enlarged."""
+    height, font = len(images[0]), ImageFont.load_default(11)
+    cell = height * math.ceil(128 / height)
+    wide, high = cell + 8, cell + 8 + 4 * 13            # labels have up to four lines
+    rows = math.ceil(len(images) / columns)
+    grid = Image.new('RGB', (columns * wide + 8, rows * high + 8), 'white')
+    pen = ImageDraw.Draw(grid)
+    for i, (image, label) in enumerate(zip(images, labels)):
+        x, y = 8 + i % columns * wide, 8 + i // columns * high
+        grid.paste(Image.fromarray(image).resize((cell, cell), Image.NEAREST), (x, y))
+        lines = textwrap.wrap(label, cell // 6, max_lines=4, placeholder=' ...')
+        pen.multiline_text((x, y + cell), '\n'.join(lines), 'black', font, spacing=2)
+    return grid
+
+
+# -------------------------------------------------------------------------------------------------
+# Generators for other programs
+
+def find_generator(path, teacher=''):
+    """Return where a generator's weights are, and the dict of its generator.json.
+
+    path is a run folder, generator folder or exported file; '' is the newest in runs/."""
+    if not path:
+        newest = sorted(Path('runs').glob('*/generator'), key=lambda folder: folder.stat().st_mtime)
+        check(newest, 'runs/ holds no generator yet; run `python sid_lsg.py train` first, or give '
+                      '--generator, or --teacher-steps 25 to sample from the teacher')
+        path = newest[-1]
+    root = unet.locate(path)
+    if root.is_file():
+        unet.read_tensors(root)
+        with safe_open(root, 'pt') as file:
+            info = {key: int(value) for key, value in (file.metadata() or {}).items()
+                    if key in ('t_init', 'size', 'images')}
     else:
-        facts = unet.read_json(said) if said.is_file() else {}
-        check(facts or not settings.is_file() or 'kimg' not in unet.read_json(settings),
-              f'expected a generator in the run folder {folder}, found none yet; it comes with the first '
-              'picture grid after the start')
-    check(facts.get('t_init', 0) in range(1000) and facts.get('size', 0) in range(2 ** 20)
-          and all(isinstance(facts.get(name, ''), str) for name in ('teacher', 'tokenizer')),
-          f'expected of the generator {folder} a t_init of 0 to 999, a size in pixels and paths as text, '
-          f'found {facts}; correct its generator.json, or convert it anew')
-    return folder, facts
+        folders = [folder for folder in (root / 'generator', root, root.parent)
+                   if (folder / 'generator.json').is_file()]
+        check(folders, f'{path} holds no generator.json; give the folder of a generator, or of a '
+                       'run that has saved one (it does so every --save-kimg)')
+        root = folders[0]
+        info = unet.read_json(root / 'generator.json')
+    check(info.get('t_init') in range(1000),
+          f'{path} must name t_init, 0 to 999, found {info.get("t_init")}; give a generator')
+    if root.is_file() or (root / 'vae').is_dir():
+        info['teacher'] = str(root)                     # exported together with the generator
+    check(teacher or info.get('teacher'), f'{path} does not name its teacher; give --teacher, the '
+                                          'checkpoint that has its VAE and text encoder')
+    for key in ('teacher', 'tokenizer'):
+        info[key] = absolute(info.get(key, ''))
+    return root, info
 
 
-def open_generator(config):
-    """The folder of the generator to draw with and what its generator.json says.
-
-    Settles config.teacher and config.size."""
-    newest = sorted(Path('runs').glob('*/generator'), key=lambda folder: folder.stat().st_mtime)
-    check(config.generator or newest,
-          'expected a trained generator, found none under runs/; run `python sid_lsg.py train` first, '
-          'give --generator FOLDER, or --teacher-steps 25 for the teacher itself')
-    folder, facts = generator_in(unet.locate(config.generator or newest[-1]))
-    facts = {'t_init': 625, **facts}
-    whole = folder.is_file() or (folder / 'vae').is_dir()       # convert writes such
-    config.teacher = config.teacher or (str(folder) if whole else facts.get('teacher'))
-    config.tokenizer = config.tokenizer or facts.get('tokenizer', '')
-    config.size = config.size or int(facts.get('size', 0))
-    check(config.teacher, f'expected {folder}/generator.json to name the teacher, '
-                          'whose VAE and text encoder are needed; give --teacher FOLDER')
-    return folder, facts
-
-
-def open_sample(config):
-    """Check every setting, load the drawing net and the rest, make the folder; what sample() works on."""
-    with user_errors():
-        check(config.batch > 0, f'expected --batch of 1 or more, got {config.batch}')
-        if config.teacher_steps:
-            check(0 < config.teacher_steps < 1000,
-                  f'expected --teacher-steps from 1 to 999, got {config.teacher_steps}')
-            check(config.steps == 1 and not config.generator,
-                  '--teacher-steps draws with the teacher: leave out --steps and --generator')
-            folder = config.teacher = config.teacher or str(TINY_TEACHER)
-            config.kappa = 1.5 if config.kappa is None else config.kappa
-            check(math.isfinite(config.kappa), f'expected a finite number for --kappa, got {config.kappa}')
-            facts = dict(teacher_steps=config.teacher_steps, kappa=config.kappa)
-        else:
-            check(config.kappa is None, '--kappa guides the teacher, with --teacher-steps; '
-                                        'a one-step generator was trained with its own')
-            folder, facts = open_generator(config)
-            facts = dict(steps=config.steps, t_init=facts['t_init'], images=facts.get('images', 'unknown'))
-        check(config.out or WORLD == 1, 'expected --out with torchrun, for all processes to write to')
-        device = choose_device(config.device)
-        precision = arithmetic(config.precision, device)
-        dtype = DTYPES[precision]
-        stored = None if device.type == 'cpu' and not config.compile else dtype
-        net = place(unet.load(folder, stored), device, dtype)
-        vae, encode, tokenizer = load_parts(config.teacher, device, net, config.tokenizer, dtype, stored)
-        shape = latent_shape(config.size, net, vae)
-        for text in config.texts:
-            check(text == text.encode(errors='replace').decode(), f'expected prompts in UTF-8, got {text!a}')
-        texts = [*config.texts, *(fid.read_lines(config.prompts, '--prompts') if config.prompts else [])]
-        warn_of_cuts(texts, tokenizer)
-        check(texts, 'expected a prompt, in quotes, or --prompts FILE')
-        seeds = parse_seeds(config.seeds) if config.seeds else None
-        jobs = ([(text, seed) for text in texts for seed in seeds] if seeds
-                else [(text, i) for i, text in enumerate(texts)])
-        facts |= dict(generator=full_path(folder), teacher=full_path(config.teacher),
-                      tokenizer=full_path(config.tokenizer), precision=precision, size=shape[1] * vae.factor)
-        facts = {name: str(value) for name, value in facts.items()}
-        out = new_folder(config.out, 'samples')
-        todo = [i for i in range(RANK, len(jobs), WORLD)
-                if not drawn(out / f'{i:06d}.png', prompt=jobs[i][0], seed=str(jobs[i][1]), **facts)]
-        if len(todo) < len(jobs) and WORLD == 1:
-            print(f'{len(jobs) - len(todo)} of {len(jobs)} pictures are there already', file=sys.stderr)
-    return net, vae, encode, jobs, todo, shape, facts, out
+def export(config):
+    """Write a generator with its teacher's VAE and text encoder: a diffusers folder or a file."""
+    target = Path(config.target)
+    check(not target.exists(), f'{target} exists already; give another name')
+    path, info = find_generator(config.generator, config.teacher)
+    teacher = config.teacher or info.pop('teacher')
+    tokenizer = info.pop('tokenizer') or teacher
+    single = target.suffix == '.safetensors'
+    dtype = DTYPES[config.precision or ('fp16' if single else 'fp32')]
+    net, vae, text = unet.load(path), vae_module.load(teacher), clip_text.load(teacher)
+    new = target.with_name(target.name + '.tmp')
+    if single:
+        tensors = {**unet.original(net), **vae_module.original(vae), **clip_text.original(text)}
+        tensors = {name: w.to(dtype) if w.is_floating_point() else w for name, w in tensors.items()}
+        unet.write_tensors(tensors, new, **info)
+    else:
+        unet.save(net, new / 'unet', dtype)
+        vae_module.save(vae, new / 'vae', dtype)
+        added = len(clip_text.load_tokenizer(tokenizer).added)
+        clip_text.save(text, new / 'text_encoder', dtype, added)
+        shutil.copytree(clip_text.tokenizer_folder(tokenizer), new / 'tokenizer')
+        unet.save_pipeline(new)
+        unet.write_json(new / 'generator.json', info)
+    new.replace(target)
+    print(target)
 
 
-def drawn(path, **facts):
-    """Whether a picture is there. ValueError where it is one of other settings."""
-    if not path.is_file():
-        return False
+# -------------------------------------------------------------------------------------------------
+# Opening and checking
+
+def choose_device(name):
+    """Return the torch.device of that name; '' is CUDA if available, one GPU per process."""
+    name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
+    if name == 'cuda' and TORCHRUN:
+        name = f'cuda:{os.environ["LOCAL_RANK"]}'
     try:
-        with Image.open(path) as image:
-            text = getattr(image, 'text', {})   # another format than PNG has none
-    except Exception as error:      # Pillow's decoders raise OSError, SyntaxError, struct.error ...
-        raise ValueError(f'expected a whole picture at {path}, found none ({fid.reason(error)}); delete '
-                         'it, and it is drawn again') from None
-    other = [name for name, value in facts.items() if text.get(name) != value]
-    check(not other, f'{path} is there already, with another {" and ".join(other)}; '
-                     'nothing was overwritten, give another --out')
-    return True
+        device = torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f'torch cannot use --device {name} ({str(error).splitlines()[0]}); give '
+                        'another device, or install a torch for it') from None
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
+    # fp32 means fp32: official sid_training_loop.py 241-242. torch's default is TF32.
+    torch.backends.cudnn.allow_tf32 = False
+    return device
 
 
-# ---------------------------------------------------------------------------------------------------
+def place(net, device):
+    """Move a network to the device and freeze it. Convolutions are fastest with channels last."""
+    return net.requires_grad_(False).to(device, memory_format=torch.channels_last)
+
+
+class PromptEncoder:
+    """encode(list of B prompts) -> text embeddings (B, 77, D) on the device."""
+
+    def __init__(self, path, tokenizer, net, device, dtype=torch.float32):
+        self.tokenizer = clip_text.load_tokenizer(tokenizer or path)
+        self.net, self.device = place(clip_text.load(path, dtype), device), device
+        sizes, context_dim = self.net.sizes, net.sizes['context_dim']
+        check(self.tokenizer.size == sizes['vocab'],
+              f'the text encoder of {path} has {sizes["vocab"]} tokens, but its tokenizer has '
+              f'{self.tokenizer.size}; give --tokenizer, the folder that was saved with it')
+        check(sizes['width'] == context_dim,
+              f'the text encoder of {path} makes {sizes["width"]} numbers per token, but the UNet '
+              f'needs {context_dim}; give the --teacher that it was made from')
+
+    @torch.no_grad()
+    def __call__(self, prompts):
+        return self.net(to_device(self.tokenizer(prompts), self.device))
+
+
+def warn_of_long_prompts(prompts, tokenizer):
+    """Say how many prompts do not fit into 77 tokens, and what is cut off the first of them."""
+    # A token has at least one byte, so most prompts need no closer look.
+    long = [prompt for prompt in prompts if len(prompt.encode()) > clip_text.LENGTH - 2]
+    cut = [end for end in map(tokenizer.cut, long) if end]
+    if cut:
+        say(f'warning: {len(cut)} prompts are longer than {clip_text.LENGTH} tokens and are cut; '
+            f'the first loses "{textwrap.shorten(cut[0], 200)}"', sys.stderr)
+
+
+def latent_shape(pixels, net, vae):
+    """Return (4, h, w) of the latents of square images; 0 pixels mean the UNet's training size."""
+    h = pixels // vae.factor or net.sample_size
+    return 4, h, h
+
+
+def new_folder(given, parent):
+    """Make and return the folder `given`, or the next free parent/NNN."""
+    taken = [int(entry.name) for entry in Path(parent).glob('[0-9]*') if entry.name.isdecimal()]
+    folder = Path(given or f'{parent}/{max(taken, default=-1) + 1:03d}')
+    check(folder.is_dir() or not folder.exists(), f'{folder} is a file; give a folder')
+    folder.mkdir(parents=True, exist_ok=bool(given))        # two runs never share a numbered folder
+    return folder
+
+
+def prompts_of(teacher):
+    """Return the prompts.txt in a teacher's folder."""
+    file = unet.locate(teacher) / 'prompts.txt'
+    check(file.is_file(), f'{teacher} has no prompts.txt; give --prompts, a file with one per line')
+    return file
+
+
+def check_settings(config):
+    """Raise UserError for settings of train that make no sense."""
+    c = config
+    check(len(c.kappa) == 3, f'--kappa must be one number or three, found {len(c.kappa)}')
+    check(all(math.isfinite(x) for x in (*c.kappa, c.alpha)), '--kappa and --alpha must be finite')
+    micro_batch = c.micro_batch or max(c.batch // WORLD, 1)
+    check(c.batch > 0 and micro_batch > 0 and c.batch % (micro_batch * WORLD) == 0,
+          f'--batch {c.batch} must be a multiple of --micro-batch {micro_batch}, times the number '
+          f'of processes, {WORLD}')
+    check(0 <= c.t_min < c.t_max <= 1000 and 0 <= c.t_init < 1000,
+          f'timesteps must be 0 to 999 and --t-min below --t-max, found --t-min {c.t_min} --t-max '
+          f'{c.t_max} --t-init {c.t_init}')
+    check(0 <= c.drop <= 1, f'--drop must be a share from 0 to 1, found {c.drop}')
+    check(min(c.kimg, c.save_kimg, c.fid_kimg) > 0,
+          '--kimg, --save-kimg and --fid-kimg must be above 0')
+    check(min(c.lr, c.fake_lr, c.ema_kimg, c.ema_rampup, c.seed) >= 0,
+          '--lr, --fake-lr, --ema-kimg, --ema-rampup and --seed must not be negative')
+    check(c.size >= 0 and c.size % 8 == 0, f'--size must be a multiple of 8 pixels, found {c.size}')
+    check(c.fid_num >= 2 * WORLD, f'--fid-num must be at least 2 per process, found {c.fid_num}')
+
+
+def relative(path):
+    """Return a path as files keep it: relative to the project if inside, otherwise absolute."""
+    if not path or not Path(path).exists():             # a repo id
+        return path
+    path = Path(path).resolve()
+    return path.relative_to(PROJECT).as_posix() if path.is_relative_to(PROJECT) else str(path)
+
+
+def absolute(path):
+    """Return a path that relative() has made for use in any working directory."""
+    return str(PROJECT / path) if path and (PROJECT / path).exists() else path
+
+
+def say(text, stream=None):
+    """Print progress. A closed terminal or a full disk must not end a run."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=stream, flush=True)
+
+
+# -------------------------------------------------------------------------------------------------
 # The command line
 
-# What may change when a run goes on: where things lie, its length, what is shown and saved when, and what
-# holds it.
 PATHS = ('teacher', 'tokenizer', 'prompts', 'fid_stats', 'fid_prompts', 'fid_weights')
-FREE = (*PATHS, 'resume', 'kimg', 'grid_kimg', 'log_seconds', 'save_every', 'micro_batch', 'device',
-        'checkpoint', 'compile', 'ema_device', 'fid_every', 'fid_num')
+# These may differ when a run is resumed, because the generator does not depend on them. Another
+# teacher and other prompts are noticed by their fingerprints.
+FREE = (*PATHS, 'out', 'resume', 'kimg', 'save_kimg', 'fid_kimg', 'fid_num', 'device',
+        'micro_batch', 'recompute', 'ema_device', 'compile')
 
 
-def make_config(kind, given):
-    """The dataclass `kind` from the command line and, behind it, a run's or teacher's own settings."""
-    resume = given.get('resume')
-    file = (Path(given.get('teacher', TINY_TEACHER)) / 'sid_lsg.json' if resume is None else
-            Path(resume) / 'config.json')       # an empty shell variable's, too, is no new run's
-    check(resume is None or file.is_file(),
-          f'expected a run folder at --resume {resume}, found no config.json there')
-    beside = unet.read_json(file) if kind is TrainConfig and file.is_file() else {}
-    unknown = set(beside) - {f.name for f in fields(kind)}
-    check(not unknown, f'expected settings of train in {file}, found {", ".join(sorted(unknown))}')
-    for name, value in given.items() if resume else ():
-        old, new = (list(np.atleast_1d(x)) for x in (beside.get(name), value))
-        check(name in FREE or old in (new, 3 * new),
-              f'--{name.replace("_", "-")} {value} would make it another run than {resume}, where it is '
-              f'{beside.get(name)}; leave it out, or start a new run')
-    return kind(**{**beside, **given})
+def train_config(**given):
+    """Return a TrainConfig: the given settings, then the run's or teacher's, then the paper's."""
+    run = Path(given['resume']) / 'config.json' if given.get('resume') else None
+    if run and run.is_file():
+        file = run
+    else:
+        file = Path(unet.locate(given.get('teacher', TINY_TEACHER))) / 'sid_lsg.json'
+    saved = unet.read_json(file) if file.is_file() else {}
+    kinds = {f.name: f.type for f in fields(TrainConfig)}
+    for name, value in saved.items():
+        check(name in kinds, f'{file} has {name}, which is no setting of train; remove it')
+        value = tuple(value) if kinds[name] is tuple and isinstance(value, list) else value
+        value = float(value) if kinds[name] is float and type(value) is int else value
+        check(type(value) is kinds[name], f'{file} has {name} {value!r}, which must be of type '
+                                          f'{kinds[name].__name__}')
+        saved[name] = absolute(value) if name in PATHS else value
+    config = TrainConfig(**{**saved, **given})
+    if file == run:
+        for name in sorted(set(given) - set(FREE)):
+            check(getattr(config, name) == saved[name],
+                  f'--{name.replace("_", "-")} cannot change when {given["resume"]} is resumed (it '
+                  f'was {saved[name]}); leave it out, or start a new run')
+    return config
+
+
+def stored(config):
+    """Return the settings of a run for its config.json."""
+    return {name: relative(value) if name in PATHS else value
+            for name, value in asdict(config).items() if name not in ('out', 'resume')}
 
 
 COMMANDS = {
-    'train': (train, TrainConfig, 'Distil a teacher into a one-step generator. Defaults are the paper\'s; a '
-              'file sid_lsg.json in the teacher\'s folder may bring others, as the tiny one\'s does.'),
-    'sample': (sample, SampleConfig, 'Draw pictures with a generator, or with its teacher.'),
-    'convert': (convert, ConvertConfig, 'Rewrite a checkpoint or generator for other programs.')}
+    'train': (train, train_config, TrainConfig, 'Distil a teacher into a one-step generator.'),
+    'sample': (sample, SampleConfig, SampleConfig, 'Sample from a generator, or from its teacher.'),
+    'export': (export, ExportConfig, ExportConfig, 'Write a generator for other programs.')}
 
 
 def parse(arguments):
-    """The command and {setting: value} of what was given. Options are the fields of its dataclass."""
-    parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0],
-                                     epilog='See train --help, sample --help and convert --help.')
-    commands = parser.add_subparsers(dest='command', required=True, metavar=' | '.join(COMMANDS))
-    for name, (_, kind, does) in COMMANDS.items():
-        group = command = commands.add_parser(
-            name, help=does, description=does, argument_default=argparse.SUPPRESS)
-        for f in fields(kind):
-            text, several, flag = f.metadata['help'], f.type is tuple, '--' + f.name.replace('_', '-')
+    """Return the command and {setting: value} of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
+    commands = parser.add_subparsers(dest='command', required=True)
+    for name, (_, _, config, purpose) in COMMANDS.items():
+        group = command = commands.add_parser(name, help=purpose, description=purpose,
+                                              argument_default=argparse.SUPPRESS)
+        for f in fields(config):
+            text, more = f.metadata['help'], {}
             if 'group' in f.metadata:
                 group = command.add_argument_group(f.metadata['group'])
-            if f.name == 'texts':
-                group.add_argument('texts', nargs='*', metavar='PROMPT', help=text)
-            elif f.name in ('source', 'target'):
-                group.add_argument(f.name, metavar=dict(source='IN', target='OUT')[f.name], help=text)
-            elif f.type is bool:
-                group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+            if f.default not in ('', (), False) and 'default' not in text:
+                text += f' (default: {f.default[0] if f.type is tuple else f.default})'
+            if f.type is bool:
+                more = dict(action='store_true')
+            elif f.type is tuple:
+                more = dict(nargs='*' if f.name == 'texts' else '+', type=type((*f.default, '')[0]))
             else:
-                default, choices = f.default[0] if several else f.default, f.metadata.get('choices')
-                if '(default' not in text and default != '':
-                    text += f' (default: {default if choices else format(default, "g")})'
-                metavar = f.metadata.get('metavar', {int: 'N', str: 'NAME'}.get(f.type, 'X'))
-                group.add_argument(
-                    flag, type=float if several else f.type, nargs='+' if several else None, help=text,
-                    choices=choices, metavar=None if choices else metavar)
+                more = dict(type=f.type, choices=f.metadata.get('choices'),
+                            metavar=f.metadata.get('metavar'))
+            flag = f.name if 'positional' in f.metadata else '--' + f.name.replace('_', '-')
+            group.add_argument(flag, help=text, **more)
     given = vars(parser.parse_args(arguments))
     return given.pop('command'), given
 
 
 def main(arguments=None):
-    command, given = parse(arguments)
-    run, kind, _ = COMMANDS[command]
-    with user_errors():
-        config = make_config(kind, given)
+    name, given = parse(arguments)
+    command, make_config, _, _ = COMMANDS[name]
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='replace')        # not every terminal can show every prompt
     try:
-        run(config)
-    except KeyboardInterrupt:
-        print('sid_lsg: interrupted', file=sys.stderr)
-        sys.exit(130)
-    except (RuntimeError, MemoryError) as error:
-        if fid.out_of_memory(error):
-            said = f'the device is out of memory; {less_memory(config)}'
-        elif isinstance(error, dist.DistError) or 'gloo' in str(error):
-            said = ('another process of this run has ended, so this one does; unless that one said why, '
-                    f'start all again with --resume, from the last state ({str(error).splitlines()[0]})')
-        elif type(error).__module__.startswith(('torch._dynamo', 'torch._inductor')):
-            said = (f'torch.compile failed ({str(error).splitlines()[0]}); it needs a C++ compiler, '
-                    'and Triton on a GPU: give --no-compile to go on without')
-        else:
-            raise
-        print(f'sid_lsg: {said}', file=sys.stderr)
+        command(make_config(**given))
+    except (UserError, OSError) as error:
+        say(f'sid_lsg: {error}', sys.stderr)
         sys.exit(2)
-
-
-def less_memory(config):
-    """The next thing to try, in order of what it costs."""
-    if isinstance(config, ConvertConfig):
-        return 'close other programs: all weights are held at once'
-    if isinstance(config, SampleConfig):
-        return (f'try --batch {config.batch // 2}' if config.batch > 1 else
-                'try --precision bf16' if config.precision == 'fp32' else 'try a smaller --size')
-    if config.precision == 'fp32' and not config.resume:        # which it cannot change
-        return 'try --precision bf16'
-    if config.micro_batch > 1:
-        half = next(n for n in range(config.micro_batch // 2, 0, -1) if config.micro_batch % n == 0)
-        return f'try --micro-batch {half}'
-    if not config.checkpoint:
-        return 'try --checkpoint'
-    if not config.ema_device:
-        return 'try --ema-device cpu'
-    return 'every option that saves memory is in use' + ('; try a smaller --size' * (not config.resume))
+    except (torch.OutOfMemoryError, MemoryError):
+        say('sid_lsg: out of memory; use --precision bf16, then a smaller --micro-batch (sample: '
+            '--batch), then --recompute, then --ema-device cpu', sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        say('sid_lsg: interrupted', sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == '__main__':

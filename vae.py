@@ -1,10 +1,12 @@
-"""The VAE of Stable Diffusion 1.5, encoder and decoder, from scratch in one file.
+"""The VAE of Stable Diffusion 1.5, encoder and decoder, from scratch.
 
-Pictures of (3, H, W) in [-1, 1] become latents of (4, H/8, W/8) and back. Module names are those of
-diffusers' AutoencoderKL, so a published checkpoint loads with a strict load_state_dict. Constants
-come from CompVis/stable-diffusion @21f890f, ldm/modules/diffusionmodules/model.py ("model.py" below).
+Images (3, H, W) in [-1, 1] become latents (4, H/8, W/8) and back. Module names are those of
+diffusers' AutoencoderKL, so that published weights load with a strict load_state_dict. Constants
+come from CompVis/stable-diffusion @21f890f, ldm/modules/diffusionmodules/model.py ("model.py").
 
-    vae = load('path/to/checkpoint');  latents = vae.encode(images);  images = vae.decode(latents)
+    vae = load('path/to/checkpoint')
+    latents = vae.encode(images)
+    images = vae.decode(latents)
 """
 
 import re
@@ -13,9 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from unet import PREFIX, check, check_config, fill, levels, open_part, save_part, size
+
 
 def group_norm(groups, width):
-    # eps 1e-6 in every norm (model.py 38-39); torch's default 1e-5 gives plausible, wrong pictures.
+    # eps is 1e-6 in every norm (model.py 38-39). torch's default of 1e-5 gives images that look
+    # right and are not.
     return nn.GroupNorm(groups, width, eps=1e-6)
 
 
@@ -28,18 +33,18 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.norm2 = group_norm(groups, c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        # The key exists in a checkpoint only where the width changes.
+        # A checkpoint has this key only where the number of channels changes.
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
 
     def forward(self, x):
-        # In place what nothing else reads: fresh memory was 7 % of a decoding at 512 px on a CPU.
+        # In place: allocating new memory took 7 % of the time to decode 512 px on a CPU.
         h = self.conv1(F.silu(self.norm1(x), inplace=True))
         h = self.conv2(F.silu(self.norm2(h), inplace=True))
         return h.add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
 class Attention(nn.Module):
-    """Self-attention over all pixels, ONE head as wide as the picture's channels (model.py 150-202)."""
+    """Self-attention over all pixels, with ONE head of the full width (model.py 150-202)."""
 
     def __init__(self, width, groups):
         super().__init__()
@@ -50,11 +55,10 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(width, width)])      # a list, for the name to_out.0
 
     def forward(self, x):
-        b, c, height, width = x.shape
-        h = self.group_norm(x).flatten(2).transpose(1, 2)           # (B, H*W, C)
-        q, k, v = (proj(h)[:, None] for proj in (self.to_q, self.to_k, self.to_v))      # (B, 1, H*W, C)
-        h = self.to_out[0](F.scaled_dot_product_attention(q, k, v)[:, 0])
-        return x + h.transpose(1, 2).reshape(b, c, height, width)
+        h = self.group_norm(x).flatten(2).transpose(1, 2)           # (B, H * W, C)
+        q, k, v = (proj(h)[:, None] for proj in (self.to_q, self.to_k, self.to_v))
+        h = F.scaled_dot_product_attention(q, k, v)[:, 0]           # of (B, 1, H * W, C)
+        return x + self.to_out[0](h).transpose(1, 2).unflatten(2, x.shape[2:])
 
 
 class Downsample(nn.Module):
@@ -63,7 +67,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, stride=2)
 
     def forward(self, x):
-        # Zeros on the right and bottom only (model.py 66-76). Symmetric padding shifts every picture.
+        # Zeros at the right and bottom only (model.py 66-76). Symmetric padding shifts the image.
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
@@ -138,7 +142,7 @@ class Decoder(nn.Module):
         widths = [channels[-1], *reversed(channels)]
         self.conv_in = nn.Conv2d(4, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], groups)
-        self.up_blocks = nn.ModuleList(                             # one resnet a level more than encoder
+        self.up_blocks = nn.ModuleList(                           # one more resnet than the encoder
             UpBlock(widths[i], widths[i + 1], layers + 1, groups, last=i == len(channels) - 1)
             for i in range(len(channels)))
         self.conv_norm_out = group_norm(groups, channels[0])
@@ -152,106 +156,125 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """Stable Diffusion's autoencoder; the defaults are SD 1.5's 83.7 M weights.
+    """Stable Diffusion's autoencoder. The defaults are SD 1.5's, with 83.7 M weights.
 
-    channels: widths of the levels, finest first; each level but the last halves the side (8 = 2^3).
-    layers: resnets a level in the encoder (the decoder has one more). groups: of every GroupNorm.
-    scale: latents are multiplied by it so that the diffusion sees unit variance; 0.18215 is from
-    configs/stable-diffusion/v1-inference.yaml 17. It is no part of the weights.
+    channels: of the levels, finest first; every level but the last halves the resolution. layers:
+    resnets per level in the encoder. groups: of every GroupNorm. scale: latents are multiplied by
+    it, so that they have about unit variance; 0.18215 is from v1-inference.yaml 17.
     """
 
     def __init__(self, channels=(128, 256, 512, 512), layers=2, groups=32, scale=0.18215):
         super().__init__()
-        if not 0 < scale < float('inf'):
-            raise ValueError(f'latents cannot be scaled by {scale}')
+        self.sizes = dict(channels=list(channels), layers=layers, groups=groups)
         self.scale = scale
-        self.factor = 2 ** (len(channels) - 1)
+        self.factor = 2 ** (len(channels) - 1)          # of pixels per latent, in each direction
         self.encoder = Encoder(channels, layers, groups)
         self.decoder = Decoder(channels, layers, groups)
         self.quant_conv = nn.Conv2d(8, 8, 1)
         self.post_quant_conv = nn.Conv2d(4, 4, 1)
 
     def moments(self, images):
-        """(B, 3, H, W) in [-1, 1] -> posterior mean and log variance, each (B, 4, H/8, W/8), unscaled."""
+        """Return mean and log variance of images' latents, each (B, 4, H/8, W/8), unscaled."""
         images = images.to(self.quant_conv.weight.dtype)
         mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
-        return mean, logvar.clamp(-30, 20)          # ldm/modules/distributions/distributions.py 27-28
+        return mean, logvar.clamp(-30, 20)        # ldm/modules/distributions/distributions.py 27-28
 
     def encode(self, images):
-        """Images (B, 3, H, W) in [-1, 1] -> latents (B, 4, H/8, W/8): the posterior mean times scale."""
+        """Encode images (B, 3, H, W) in [-1, 1] as latents (B, 4, H/8, W/8): mean times scale."""
         return self.moments(images)[0] * self.scale
 
     def decode(self, latents):
-        """Latents (B, 4, h, w), scaled -> images (B, 3, 8h, 8w), about [-1, 1] but not clamped."""
+        """Decode latents (B, 4, h, w) to images (B, 3, 8h, 8w), about [-1, 1] but not clamped."""
         latents = (latents / self.scale).to(self.post_quant_conv.weight.dtype)
         return self.decoder(self.post_quant_conv(latents))
 
 
-# ---------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Files
 
-# The attention's modules here, in diffusers before 0.17 (SD 1.5's own folder mixes both), and in
-# CompVis' files.
+# All entries of diffusers' config.json, apart from sizes, that change what the VAE computes.
+FIXED = {
+    '_class_name': 'AutoencoderKL', 'in_channels': 3, 'out_channels': 3, 'latent_channels': 4,
+    'act_fn': 'silu', 'down_block_types': 'DownEncoderBlock2D',
+    'up_block_types': 'UpDecoderBlock2D', 'shift_factor': None, 'latents_mean': None,
+    'latents_std': None, 'use_quant_conv': True, 'use_post_quant_conv': True,
+    'mid_block_add_attention': True}
+
+# The layers of the attention: here, in diffusers before 0.17 (SD 1.5's folder mixes both), and in
+# original files.
 ATTENTION = {'group_norm': ('group_norm', 'norm'), 'to_q': ('query', 'q'), 'to_k': ('key', 'k'),
              'to_v': ('value', 'v'), 'to_out.0': ('proj_attn', 'proj_out')}
 
 
-def original_name(key, levels=4):
-    """The name of tensor `key` in CompVis' files, which count the decoder's levels from the finest."""
-    for here, there in (
-            (r'down_blocks\.(\d+)\.resnets', r'down.\1.block'),
-            (r'down_blocks\.(\d+)\.downsamplers\.0', r'down.\1.downsample'),
-            (r'up_blocks\.(\d+)\.resnets', lambda m: f'up.{levels - 1 - int(m[1])}.block'),
-            (r'up_blocks\.(\d+)\.upsamplers\.0', lambda m: f'up.{levels - 1 - int(m[1])}.upsample'),
+def deprecated_name(key):
+    """Return the name of a tensor in a folder of diffusers before 0.17."""
+    return re.sub(r'(attentions\.0)\.(\w+(\.0)?)', lambda m: f'{m[1]}.{ATTENTION[m[2]][0]}', key)
+
+
+def original_name(key):
+    """Return the name of a tensor in an original file. It counts the decoder's levels backwards."""
+    for pattern, name in (
+            (r'down_blocks\.(\d)\.resnets', r'down.\1.block'),
+            (r'down_blocks\.(\d)\.downsamplers\.0', r'down.\1.downsample'),
+            (r'up_blocks\.(\d)\.resnets', lambda m: f'up.{3 - int(m[1])}.block'),
+            (r'up_blocks\.(\d)\.upsamplers\.0', lambda m: f'up.{3 - int(m[1])}.upsample'),
             (r'mid_block\.resnets\.(\d)', lambda m: f'mid.block_{int(m[1]) + 1}'),
-            (r'mid_block\.attentions\.0\.(\w+(\.0)?)', lambda m: f'mid.attn_1.{ATTENTION[m[1]][1]}'),
-            (r'\bconv_norm_out\b', 'norm_out'), (r'\bconv_shortcut\b', 'nin_shortcut')):
-        key = re.sub(here, there, key)
-    return key
+            (r'mid_block\.attentions\.0\.(\w+(\.0)?)',
+             lambda m: f'mid.attn_1.{ATTENTION[m[1]][1]}'),
+            (r'\bconv_norm_out\b', 'norm_out'),
+            (r'\bconv_shortcut\b', 'nin_shortcut')):
+        key = re.sub(pattern, name, key)
+    return PREFIX['vae'] + key
+
+
+def from_config(config, file):
+    """Build the VAE of a diffusers config on the meta device."""
+    check_config(config, FIXED, file)
+    channels = levels(config, 'block_out_channels', file)
+    groups = size(config, 'norm_num_groups', file, default=32)
+    scale = config.get('scaling_factor', 0.18215)       # SD 1.5's config.json does not have it
+    for key in ('down_block_types', 'up_block_types'):
+        types = config.get(key)
+        check(isinstance(types, list) and len(types) == len(channels),
+              f'the config of {file} must give {len(channels)} {key}, found {types}')
+    check(all(c % groups == 0 for c in channels), f'the config of {file} has block_out_channels '
+          f'{channels}, which must be multiples of norm_num_groups {groups}')
+    check(type(scale) in (int, float) and 0 < scale < float('inf'),
+          f'the config of {file} must give scaling_factor as a number above 0, found {scale}')
+    with torch.device('meta'):
+        return VAE(channels, size(config, 'layers_per_block', file), groups, scale)
 
 
 def load(path, dtype=torch.float32):
-    """The VAE in `path`, in that dtype (None: the file's) and eval mode.
-
-    path: a folder in diffusers layout (with a vae/ inside, or that folder itself) whose config.json sizes
-    the net; an original .safetensors or .ckpt with a whole model or a VAE alone; or a repo id in the
-    local Hugging Face cache. Raises FileNotFoundError or ValueError with a sentence."""
-    import unet         # reads all files; here, since the net above needs nothing of it
-    config, tensors, file = unet.open_part(path, 'vae')
+    """Load a VAE in `dtype` and eval mode; path as in unet.load(). UserError says what is wrong."""
+    config, tensors, file = open_part(path, 'vae')
     if config is not None:
-        vae = unet.sized(lambda: VAE(
-            tuple(config['block_out_channels']), config['layers_per_block'],
-            config.get('norm_num_groups', 32),
-            config.get('scaling_factor', 0.18215)), file)           # absent from SD 1.5's own config.json
+        vae = from_config(config, file)
+        names = {key: key if key in tensors else deprecated_name(key) for key in vae.state_dict()}
+        return fill(vae, tensors, names, file, dtype)
+    with torch.device('meta'):
+        vae = VAE()
+    names = {key: original_name(key) for key in vae.state_dict()}
+    return fill(vae, tensors, names, file, dtype, PREFIX['vae'])
 
-        def names(key):
-            old = re.sub(r'(attentions\.0)\.(\w+(\.0)?)',
-                         lambda m: f'{m[1]}.{ATTENTION[m[2]][0]}', key)
-            return [key, old]
-        return unet.fill(vae, tensors, names, file, dtype)
 
-    prefix = unet.PREFIX['vae']
-    first = [tensors.get(f'{prefix}encoder.down.{i}.block.0.conv1.weight') for i in range(4)]
-    channels = [w.shape[0] if w is not None else c for w, c in zip(first, (128, 256, 512, 512))]
-    vae = unet.sized(lambda: VAE(tuple(channels)), file)
-
-    def names(key):
-        name = original_name(key)
-        # Files converted back from diffusers in 2023 kept its names within the attention.
-        here = re.sub(r'.*attentions\.0', '', key)
-        return [prefix + name, prefix + re.sub(r'(mid\.attn_1)\..*', rf'\1{here}', name)]
-    return unet.fill(vae, tensors, names, file, dtype, scope=prefix)
+def original(vae):
+    """Return {name: tensor} of a VAE as an original file holds it: the inverse of load()."""
+    with torch.device('meta'):
+        standard = VAE()
+    check(vae.sizes == standard.sizes and vae.scale == standard.scale,
+          f'an original file holds a VAE of SD 1.5\'s size and scale, not {vae.sizes} and '
+          f'{vae.scale}; write a folder instead')
+    # The Linear layers of the attention are convolutions of 1 x 1 there.
+    return {original_name(key): w[:, :, None, None] if '.attentions.' in key and w.ndim == 2 else w
+            for key, w in vae.state_dict().items()}
 
 
 def save(vae, folder, dtype=torch.float32):
-    """Write config.json and safetensors, for load() here and diffusers' AutoencoderKL to open."""
-    import unet
-    channels = [block.resnets[0].conv1.out_channels for block in vae.encoder.down_blocks]
-    config = {
-        '_class_name': 'AutoencoderKL', 'in_channels': 3, 'out_channels': 3, 'latent_channels': 4,
-        'act_fn': 'silu', 'block_out_channels': channels,
-        'layers_per_block': len(vae.encoder.down_blocks[0].resnets),
-        'norm_num_groups': vae.encoder.conv_norm_out.num_groups, 'scaling_factor': vae.scale,
-        'sample_size': 512, 'down_block_types': ['DownEncoderBlock2D'] * len(channels),
-        'up_block_types': ['UpDecoderBlock2D'] * len(channels)}
-    unet.write_part('vae', vae, config, folder, dtype)
+    """Write config.json and weights, for load() and for diffusers' AutoencoderKL."""
+    channels = vae.sizes['channels']
+    config = {**FIXED, 'block_out_channels': channels, 'layers_per_block': vae.sizes['layers'],
+              'norm_num_groups': vae.sizes['groups'], 'scaling_factor': vae.scale,
+              'down_block_types': ['DownEncoderBlock2D'] * len(channels),
+              'up_block_types': ['UpDecoderBlock2D'] * len(channels)}
+    save_part('vae', vae, config, folder, dtype)
