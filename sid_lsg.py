@@ -616,6 +616,7 @@ class Run:
         """Resume from the newest state, if there is one."""
         states = sorted((self.out / 'state').glob('[0-9]*'))
         if not states:
+            self.log.resume(0, 0.0)
             return
         folder = states[-1]
         try:
@@ -731,6 +732,8 @@ def sample(config):
     if config.prompts:
         texts += clip_text.read_prompts(config.prompts)
     check(texts, 'sample needs a prompt, in quotes, or --prompts FILE')
+    check(all(text.encode(errors='replace').decode() == text for text in texts),
+          'prompts must be UTF-8; set the terminal to it')
     check(config.batch > 0, f'--batch must be above 0, found {config.batch}')
     check(config.out or not TORCHRUN, 'torchrun needs --out, one folder for all processes')
     jobs = [(text, seed) for i, text in enumerate(texts)
@@ -935,7 +938,9 @@ def export(config):
     single = target.suffix == '.safetensors'
     dtype = DTYPES[config.precision or ('fp16' if single else 'fp32')]
     net, vae, text = unet.load(path), vae_module.load(teacher), clip_text.load(teacher)
+    added = 0 if single else len(clip_text.load_tokenizer(tokenizer).added)
     new = target.with_name(target.name + '.tmp')
+    shutil.rmtree(new, ignore_errors=True)              # of an export that was interrupted
     if single:
         tensors = {**unet.original(net), **vae_module.original(vae), **clip_text.original(text)}
         tensors = {name: w.to(dtype) if w.is_floating_point() else w for name, w in tensors.items()}
@@ -943,7 +948,6 @@ def export(config):
     else:
         unet.save(net, new / 'unet', dtype)
         vae_module.save(vae, new / 'vae', dtype)
-        added = len(clip_text.load_tokenizer(tokenizer).added)
         clip_text.save(text, new / 'text_encoder', dtype, added)
         shutil.copytree(clip_text.tokenizer_folder(tokenizer), new / 'tokenizer')
         unet.save_pipeline(new)

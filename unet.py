@@ -17,12 +17,13 @@ import contextlib
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -513,6 +514,17 @@ SCHEDULE = {'num_train_timesteps': 1000, 'beta_start': 0.00085, 'beta_end': 0.01
             'rescale_betas_zero_snr': False}
 BETAS = np.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000) ** 2        # "scaled_linear"; (1000,)
 
+# Entries of an original file's header (as ComfyUI and kohya write it) or .yaml file, and names of
+# tensors by which ComfyUI marks models, with the values that are right for SD 1.5.
+TRAINING = {
+    'modelspec.architecture': ('stable-diffusion-v1', 'stable-diffusion-v1-5'),
+    'modelspec.prediction_type': ('epsilon', 'eps'), 'modelspec.predict_key': ('epsilon', 'eps'),
+    'modelspec.encoder_layer': ('1',), 'parameterization': ('eps',), 'beta_schedule': ('linear',),
+    'linear_start': ('0.00085', '8.5e-4', '8.5e-04'), 'linear_end': ('0.0120', '0.012', '1.2e-2'),
+    'timesteps': ('1000',), 'scale_factor': ('0.18215',),
+    'rescale_betas_zero_snr': ('False', 'false'), 'v_pred': (), 'ztsnr': (),
+    'edm_vpred.sigma_max': ()}
+
 # The layers of a resnet in original files.
 RESNET = {'norm1': 'in_layers.0', 'conv1': 'in_layers.2', 'time_emb_proj': 'emb_layers.1',
           'norm2': 'out_layers.0', 'conv2': 'out_layers.3', 'conv_shortcut': 'skip_connection'}
@@ -593,12 +605,29 @@ def load(path, dtype=torch.float32):
 
 
 def check_schedule(root, tensors):
-    """Raise UserError if a checkpoint was trained with another noise schedule or prediction."""
+    """Raise UserError if a checkpoint says that it was trained in another way than SD 1.5.
+
+    A folder says so in its scheduler's config. An original file can say so in its tensors, in its
+    header, or in a .yaml file of its name."""
     file = root / 'scheduler' / 'scheduler_config.json'
     if file.is_file():
         # diffusers' defaults, which hold where a key is absent, are those of another schedule.
         defaults = {'beta_start': 0.0001, 'beta_end': 0.02, 'beta_schedule': 'linear'}
         check_config({**defaults, **read_json(file)}, SCHEDULE, file)
+    for name, needed in (('betas', BETAS), ('alphas_cumprod', np.cumprod(1 - BETAS))):
+        found = tensors.get(name, torch.tensor(needed)).double().numpy()    # in fp16, 0.1 % off
+        check(found.shape == needed.shape and np.allclose(found, needed, rtol=0.01),
+              f'{root} holds {name} of another noise schedule; give a Stable Diffusion 1.5')
+    said = {name: 'yes' for name in tensors if name in TRAINING}
+    if root.is_file():
+        with safe_open(root, 'pt') as opened:
+            said |= opened.metadata() or {}
+    yaml = root.with_suffix('.yaml')
+    if root.is_file() and yaml.is_file():
+        said |= re.findall(r'^ *(\w+): *["\']?([^\s"\']+)', yaml.read_text(encoding='utf-8'), re.M)
+    for key in TRAINING.keys() & said.keys():
+        check(said[key] in TRAINING[key], f'{root} says {key}: {said[key]}, but SD 1.5 has '
+              f'{" or ".join(TRAINING[key]) or "no such entry"}; give a Stable Diffusion 1.5')
 
 
 def original(net):
