@@ -198,11 +198,15 @@ def to_input(image, preset):
     return (F.interpolate(x, (299, 299), mode='bicubic', antialias=True).clamp(0, 255) - 128) / 128
 
 
-@torch.no_grad()
 def features(inception, images, preset='clean'):
     """Return float32 features (B, 2048) on the CPU of B uint8 images (H, W, 3) of any sizes."""
-    x = torch.cat([to_input(image, preset) for image in images])
-    return inception(x.to(next(inception.parameters()).device)).float().cpu()
+    return features_of(inception, [to_input(image, preset) for image in images])
+
+
+@torch.no_grad()
+def features_of(inception, inputs):
+    x = torch.cat(inputs).to(next(inception.parameters()).device)
+    return inception(x).float().cpu()
 
 
 class Moments:
@@ -272,11 +276,15 @@ def measure(paths, inception, preset, batch):
     """Return the statistics of image files as load_stats() does. Memory does not grow with them."""
     moments, transparent = Moments(), 0
     began = printed = time.time()
+
+    def read(path):
+        image, alpha = read_image(path)
+        return to_input(image, preset), alpha
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(paths), batch):
-            images, alphas = zip(*pool.map(read_image, paths[start:start + batch]))
+            inputs, alphas = zip(*pool.map(read, paths[start:start + batch]))
             transparent += sum(alphas)
-            moments.add(features(inception, images, preset))
+            moments.add(features_of(inception, inputs))
             if time.time() > printed + 5:
                 printed = time.time()
                 left = (printed - began) * (len(paths) / moments.n - 1)
