@@ -335,7 +335,7 @@ def test_refusals(arguments, mess, stand_in, monkeypatch, capsys):
 def test_only_bugs_keep_their_traceback(error, code, message, sets, stand_in, monkeypatch, capsys):
     def fail(*arguments):
         raise error
-    monkeypatch.setattr(fid, 'features', fail)
+    monkeypatch.setattr(fid, 'features_of', fail)
     with pytest.raises(SystemExit if code else type(error)) as stop:
         fid.main([str(sets / 'real'), str(sets / 'fake'), '--batch', '8'])
     assert stop.value.code == code if code else stop.value is error
