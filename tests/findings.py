@@ -1,190 +1,240 @@
-"""The paper's findings on guidance and alpha, looked for in the tiny world.
+"""Look for the paper's findings on guidance and alpha in the tiny world.
 
     python tests/findings.py [--out findings] [--seeds 0 1 2] [--kimg 3]
 
-Distils the tiny teacher once for every strategy and seed and scores each generator on held-out captions, as
-tests/score_tiny.py does: the share of pictures right in every attribute, the Fréchet distance of VAE latents
-to drawn pictures, the latents' spread beside those of drawn pictures (root of the covariances' traces), and how far
-pictures of one caption lie from each other, in grey levels. All but guidance, alpha, seed and length is as the
-teacher's folder has it. The teacher in 25 steps stands beside them. Prints a table and draws OUT/findings.png. What OUT has already is not made
-again, so that a run cut off goes on, and several processes may each be given other seeds.
+Distils the tiny teacher once for every strategy and seed. Settings that STRATEGIES does not change
+are those of the teacher's folder. Scores each generator on held-out captions:
+
+    right       share of images that are right in every attribute, as in score_tiny.py
+    FD          Fréchet distance of VAE latents to those of images that the tiny world draws
+    spread      standard deviation of the latents, relative to that of drawn images
+
+Prints a table and draws OUT/findings.png. Runs and scores in OUT are kept, so an interrupted call
+continues, and several processes can share the work, each with other --seeds or --only.
 """
 
 import argparse
 import json
-from itertools import combinations
+import os
+import shutil
+import signal
+import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-import score_tiny                       # makes the modules above this folder importable, so it comes first
+import score_tiny                       # first, because it makes the project's modules importable
+import fid
 import make_tiny_sd
 import sid_lsg
 import tiny_world
 import unet
 
-# name: kappa1, kappa2 = kappa3, kappa4, alpha. Strategies as in README.md, "Guidance strategies".
+LSG = (2.0,)        # guidance of the rows that change something other than guidance
 STRATEGIES = {
-    'no guidance': (1, 1, 1, 1.0),
-    'LSG 1.5': (1.5, 1.5, 1.5, 1.0),
-    'LSG 2': (2, 2, 2, 1.0),
-    'LSG 3': (3, 3, 3, 1.0),
-    'LSG 4.5': (4.5, 4.5, 4.5, 1.0),
-    'long 3': (1, 1, 3, 1.0),
-    'short 0.5': (0.5, 1, 1, 1.0),
-    'Zero-CFG': (0, 0, 1, 1.0),
-    'Anti-CFG': (-0.5, -0.5, 1, 1.0),
-    'alpha 0.5': (1.5, 1.5, 1.5, 0.5),
-    'alpha 1.2': (1.5, 1.5, 1.5, 1.2)}
-NUMBERS = ('right', 'fd', 'spread', 'diversity')
-EACH = 8        # pictures of one caption, for diversity
+    'no guidance': dict(kappa=(1,)),
+    'LSG 1.5': dict(kappa=(1.5,)),
+    'LSG 2': dict(kappa=(2,)),
+    'LSG 3': dict(kappa=(3,)),
+    'LSG 4.5': dict(kappa=(4.5,)),
+    'long 1.5': dict(kappa=(1, 1, 1.5)),
+    'long 2': dict(kappa=(1, 1, 2)),
+    'long 3': dict(kappa=(1, 1, 3)),
+    'long 4.5': dict(kappa=(1, 1, 4.5)),
+    'short 0.5': dict(kappa=(0.5, 1, 1)),
+    'Zero-CFG': dict(kappa=(0, 0, 1), drop=0.0),
+    'Anti-CFG': dict(kappa=(-0.5, -0.5, 1), drop=0.0),
+    'alpha 0.5': dict(kappa=LSG, alpha=0.5),
+    'alpha 1.2': dict(kappa=LSG, alpha=1.2),
+    'DMD gradient': dict(kappa=LSG)}
 
 
-def repeated(exam):
-    """The captions that diversity is measured on, EACH times each."""
-    return [text for text in exam.captions[:40] for _ in range(EACH)]
+def dmd_loss(x_g, x_phi, x_psi, alpha):
+    """Return a loss with DMD's gradient (arXiv 2311.18828) for x_g: (x_psi - x_phi) / w.
+
+    Unlike in sid_lsg.generator_loss, no gradient passes through the networks."""
+    w = (x_g - x_phi).abs().mean((1, 2, 3), keepdim=True)
+    gradient = ((x_psi - x_phi) / w).detach()
+    return (x_g * gradient).sum() / len(x_g)
 
 
-def diversity(pictures, each=EACH):
-    """Mean root mean square distance, in grey levels, between pictures of one caption; `each` a caption."""
-    groups = pictures.astype(np.float32).reshape(-1, each, pictures[0].size)
-    return float(np.mean([np.sqrt(np.square(group[i] - group[j]).mean())
-                          for group in groups for i, j in combinations(range(each), 2)]))
+def score(exam, images, latents):
+    """Return the numbers of the table for an image of every caption, and its latents."""
+    _, real = exam.drawn(seed=5)
+    right, _ = tiny_world.right(images, exam.scenes)
+    distance = fid.frechet_distance(*score_tiny.moments(latents), *score_tiny.moments(real))
+    spread = (latents.var(0).sum() / real.var(0).sum()).sqrt().item()
+    return dict(right=right, fd=distance, spread=spread)
 
 
-def spread(exam, latents):
-    """Of latents (N, 4, h, w) about their mean, over that of drawn pictures' latents."""
-    return float((latents.var(0).sum() / exam.real.var(0).sum()).sqrt())
-
-
-def score(exam, make):
-    """The NUMBERS of what make(z, context) draws."""
-    latents, pictures = exam.draw(make)
-    return dict(right=tiny_world.right(pictures, exam.scenes)[0], fd=exam.distance(latents),
-                spread=spread(exam, latents), diversity=diversity(exam.draw(make, repeated(exam))[1]))
+def distil(exam, folder, strategy, **settings):
+    """Train a generator in a folder, or resume its training, and score it."""
+    config = sid_lsg.train_config(resume=str(folder), **settings, **STRATEGIES[strategy])
+    loss = dmd_loss if strategy == 'DMD gradient' else sid_lsg.generator_loss
+    with mock.patch.object(sid_lsg, 'generator_loss', loss):
+        sid_lsg.train(config)
+    # train() leaves handlers that wait for the end of an iteration.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    return score(exam, *exam.sample(exam.generator(folder)))
 
 
 def once(file, make):
-    """What is in a JSON file, else make(), written there."""
+    """Return the content of a JSON file, or call make() and write its result there."""
     if not file.is_file():
-        numbers = make()
+        content = make()
         file.parent.mkdir(parents=True, exist_ok=True)
-        sid_lsg.write_json(file, numbers)
+        new = file.with_suffix(f'.{os.getpid()}')       # another process may write the same file
+        unet.write_json(new, content)
+        new.replace(file)
     return json.loads(file.read_text())
 
 
-def distil(exam, folder, teacher, kimg, strategy, seed):
-    """Train a generator in `folder` and score it; two to three minutes on a CPU core."""
-    *kappa, alpha = STRATEGIES[strategy]
-    config = sid_lsg.make_config(sid_lsg.TrainConfig, dict(
-        teacher=str(teacher), out=str(folder), kappa=tuple(kappa), alpha=alpha, seed=seed, kimg=kimg, grid_kimg=kimg,
-        progress_samples=0))
-    if not (folder / 'generator').is_dir():
-        if any((folder / 'state').glob('[0-9]*')):      # of a run cut off
-            config = sid_lsg.make_config(sid_lsg.TrainConfig, dict(resume=str(folder)))
-        else:
-            sid_lsg.remove(folder)
-        sid_lsg.train(config)
-    G = unet.load(folder / 'generator').to(exam.device)
-    return score(exam, lambda z, c: sid_lsg.generate(G, z, c, config.t_init))
+# -------------------------------------------------------------------------------------------------
+# The chart. Pillow draws lines without anti-aliasing, so we draw at twice the size and shrink it.
+
+WIDTH, HEIGHT = 1800, 1240
+LEFT, TOP, RIGHT, BOTTOM = 100, 180, WIDTH - 40, HEIGHT - 110       # of the axes
+COLORS = {'LSG': '#17489c', 'long': '#c0392b', 'teacher': '#777777', 'other': '#237a3b'}
+LEGEND = {'LSG': 'LSG, at each kappa', 'long': 'long, at each kappa4',
+          'teacher': 'teacher in 25 steps, at each kappa', 'other': 'other strategies'}
 
 
 def chart(points, file):
-    """Right (to the right) against Fréchet distance (upwards): every run a dot, every mean a labelled ring.
+    """Draw FD against the share right; points is {name: [(right, fd) of each seed]}.
 
-    points: {name: [(right, fd) of each seed]}. LSG's and the teacher's are joined in order of kappa."""
-    wide, high, edge, scale = 720, 500, 40, 2
-    sheet = Image.new('RGB', (wide * scale, high * scale), 'white')
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11 * scale)
-    x, y = np.array([point for several in points.values() for point in several]).T
-    # Distances span a decade or more, hence their logarithm.
-    left, right, low, top = min(x) - 0.03, max(x) + 0.03, np.log(min(y)) - 0.1, np.log(max(y)) + 0.1
+    Seeds are small dots, their means are rings. Curves join the means in order of kappa."""
+    sheet = Image.new('RGB', (WIDTH, HEIGHT), 'white')
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(26)
+    x, y = np.array([point for seeds in points.values() for point in seeds]).T
+    low_x, high_x = min(x) - 0.02, max(x) + 0.02
+    low_y, high_y = np.log(min(y)) - 0.1, np.log(max(y)) + 0.1      # FD spans a factor of ten
 
-    def place(share, distance):
-        return (scale * (edge + (share - left) / (right - left) * (wide - edge - 90)),
-                scale * (high - edge - (np.log(distance) - low) / (top - low) * (high - 2 * edge)))
+    def place(right, distance):
+        return (LEFT + (right - low_x) / (high_x - low_x) * (RIGHT - LEFT),
+                BOTTOM - (np.log(distance) - low_y) / (high_y - low_y) * (BOTTOM - TOP))
 
-    def dot(at, radius, **how):
-        pen.ellipse([at[0] - radius * scale, at[1] - radius * scale,
-                     at[0] + radius * scale, at[1] + radius * scale], **how)
+    def dot(at, radius, **style):
+        pen.ellipse([at[0] - radius, at[1] - radius, at[0] + radius, at[1] + radius], **style)
 
-    for share in np.arange(np.ceil(left * 10), np.floor(right * 10) + 1) / 10:
-        pen.line([place(share, np.exp(low)), place(share, np.exp(top))], '#e4e4e4', scale)
-        pen.text(place(share, np.exp(low)), f'{share:.0%}', 'black', font, anchor='ma')
-    for distance in [n for n in (2, 3, 5, 10, 20, 30, 50, 100, 200, 300) if low < np.log(n) < top]:
-        pen.line([place(left, distance), place(right, distance)], '#e4e4e4', scale)
-        pen.text(place(left, distance), f'{distance} ', 'black', font, anchor='rm')
-    pen.text((wide * scale / 2, high * scale - 6), 'captions drawn right', 'black', font, anchor='md')
-    pen.text((8, 8), 'Frechet distance of latents; lower is nearer to the world', 'black', font)
-    colors = {'teacher': 'gray', 'no gui': 'navy', 'LSG': 'navy', 'alpha': 'darkgreen'}
-    means = {name: place(*np.mean(several, axis=0)) for name, several in points.items()}
-    for family in (('teacher',), ('no guidance', 'LSG')):
-        pen.line([at for name, at in means.items() if name.startswith(family)],
-                 'gray' if family == ('teacher',) else 'navy', 2 * scale)
-    for name, several in points.items():
-        color = next((c for start, c in colors.items() if name.startswith(start)), 'firebrick')
-        for point in several if len(several) > 1 else ():
-            dot(place(*point), 2, fill=color)
-        dot(means[name], 4, outline=color, fill='white', width=2 * scale)
-        left_of = name in ('alpha 0.5', 'alpha 1.2', 'long 3', 'Anti-CFG', 'teacher 1')      # where there is room
-        side = -1 if left_of else 1
-        pen.text((means[name][0] + 7 * scale * side, means[name][1]), name, color, font, anchor='lm' if side > 0 else 'rm')
-    sid_lsg.save_png(sheet, file)
+    for right in np.arange(np.ceil(low_x * 10), np.floor(high_x * 10) + 1) / 10:
+        across, _ = place(right, 1)
+        pen.line([across, TOP, across, BOTTOM], '#e4e4e4', 2)
+        pen.text((across, BOTTOM + 10), f'{right:.0%}', 'black', font, anchor='ma')
+    for distance in (2, 3, 4, 5, 7, 10, 15, 20, 30, 50, 70, 100, 200, 300):
+        if low_y < np.log(distance) < high_y:
+            _, height = place(1, distance)
+            pen.line([LEFT, height, RIGHT, height], '#e4e4e4', 2)
+            pen.text((LEFT - 12, height), f'{distance}', 'black', font, anchor='rm')
+    pen.text((WIDTH / 2, HEIGHT - 16), 'captions right', 'black', font, anchor='md')
+    pen.text((20, TOP - 50), 'Frechet distance', 'black', font)     # the font has no é
+
+    family = {name: name.split()[0] if name.split()[0] in COLORS else 'other' for name in points}
+    means = {name: place(*np.mean(seeds, axis=0)) for name, seeds in points.items()}
+    busy = []                           # points that labels should not cover
+    for curve in ('teacher', 'long', 'LSG'):
+        start = () if curve == 'teacher' else ('no guidance',)
+        joined = [means[name] for name in points if family[name] == curve or name in start]
+        pen.line(joined, COLORS[curve], 4)
+        for a, b in zip(joined, joined[1:]):
+            busy += [np.add(a, np.subtract(b, a) * i / 40) for i in range(41)]
+    for name, seeds in points.items():
+        color = COLORS[family[name]]
+        for seed in seeds:
+            dot(place(*seed), 4, fill=color)
+        dot(means[name], 9, outline=color, fill='white', width=4)
+    busy += [place(*seed) for seeds in points.values() for seed in seeds]
+    for name, at in means.items():
+        text = name if family[name] == 'other' else name.split()[1]
+        busy += label(pen, font, at, text, COLORS[family[name]], busy)
+    for i, (name, text) in enumerate(LEGEND.items()):
+        left, height = 40 + 700 * (i % 2), 36 + 44 * (i // 2)
+        if name != 'other':
+            pen.line([left, height, left + 80, height], COLORS[name], 4)
+        dot((left + 40, height), 9, outline=COLORS[name], fill='white', width=4)
+        pen.text((left + 100, height), text, COLORS[name], font, anchor='lm')
+    sid_lsg.save_png(sheet.reduce(2), file)
+
+
+def label(pen, font, at, text, color, busy):
+    """Write a label next to a point, where it covers the fewest busy points. Return its own."""
+    best = None
+    for dx, dy, anchor in ((18, 0, 'lm'), (-18, 0, 'rm'), (0, -18, 'md'), (0, 18, 'ma'),
+                           (14, -12, 'ld'), (-14, -12, 'rd'), (14, 12, 'la'), (-14, 12, 'ra')):
+        where = at[0] + dx, at[1] + dy
+        left, top, right, bottom = pen.textbbox(where, text, font, anchor=anchor)
+        covered = sum(left - 8 < x < right + 8 and top - 8 < y < bottom + 8 for x, y in busy)
+        covered += 100 * (right > WIDTH)
+        if best is None or covered < best[0]:
+            best = covered, where, anchor, (left, top, right, bottom)
+    _, where, anchor, (left, top, right, bottom) = best
+    pen.text(where, text, color, font, anchor=anchor)
+    return [(x, y) for x in np.linspace(left, right, 9) for y in (top, bottom)]
+
+
+def table(rows):
+    """Return the lines of the table; rows is {name: [numbers of each seed]}."""
+    lines = ['| | kappa1, kappa2 = kappa3, kappa4 | right | FD | spread |', '|---|---|---|---|---|']
+    for name, seeds in rows.items():
+        kappa = STRATEGIES.get(name, {}).get('kappa', ())
+        cells = [name, ', '.join(f'{k:g}' for k in (3 * kappa)[:3])]
+        for number, scale, unit in (('right', 100, ' %'), ('fd', 1, ''), ('spread', 100, ' %')):
+            values = [scale * row[number] for row in seeds]
+            deviation = f' ± {np.std(values, ddof=1):.1f}' if len(values) > 1 else ''
+            cells.append(f'{np.mean(values):.1f}{deviation}{unit}')
+        lines.append(f'| {" | ".join(cells)} |')
+    return lines
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--out', type=Path, default=Path('findings'), help='folder for runs, scores and chart')
-    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2], help='default: %(default)s')
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--out', type=Path, default=Path('findings'), help='default: findings')
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2], help='default: 0 1 2')
     parser.add_argument('--kimg', type=float, default=3.0,
-                        help='length of every run in thousand images, default: %(default)s')
+                        help='length of each run in thousand images (default: 3)')
     parser.add_argument('--captions', type=int, default=1000,
-                        help='held-out captions to score on; the Fréchet distance depends on it, default: %(default)s')
-    parser.add_argument('--teacher', type=Path, default=make_tiny_sd.TINY, help='default: %(default)s')
-    parser.add_argument('--kappa', type=float, nargs='*', default=[1.0, 1.5, 2.0],
-                        help='the teacher\'s guidance, default: %(default)s')
-    parser.add_argument('--only', nargs='+', default=list(STRATEGIES), choices=list(STRATEGIES), metavar='STRATEGY',
-                        help='such as "LSG 1.5"; default: all')
+                        help='captions for the score, on which FD depends (default: 1000)')
+    parser.add_argument('--teacher', type=Path, default=make_tiny_sd.TINY,
+                        help='default: %(default)s')
+    parser.add_argument('--kappa', type=float, nargs='*', default=[1, 1.5, 2, 3, 4.5],
+                        help='guidance of the teacher in 25 steps (default: 1 1.5 2 3 4.5)')
+    parser.add_argument('--only', nargs='+', default=list(STRATEGIES), choices=list(STRATEGIES),
+                        metavar='STRATEGY', help='such as "LSG 1.5" (default: all)')
     args = parser.parse_args(arguments)
-    if not args.kimg > 0 or not np.isfinite(args.kappa).all():
-        parser.error(f'expected --kimg above 0 and finite --kappa, not {args.kimg} and {args.kappa}')
-    settings = dict(kimg=args.kimg, captions=args.captions, teacher=str(args.teacher.resolve()))
-    with sid_lsg.user_errors():
-        exam = score_tiny.Exam(args.teacher, args.captions)
-        if once(args.out / 'settings.json', lambda: settings) != settings:
-            parser.error(f'{args.out} has findings of other settings (settings.json there); give another --out')
-    teacher, null = exam.teacher, exam.encode([''])
+    try:
+        run(args)
+    except (unet.UserError, OSError) as error:
+        print(f'findings: {error}', file=sys.stderr)
+        sys.exit(2)
 
+
+def run(args):
+    unet.check(args.kimg > 0 and np.isfinite(args.kappa).all(),
+               '--kimg must be above 0 and --kappa finite')
+    exam = score_tiny.Exam(args.teacher, args.captions)
+    settings = dict(kimg=args.kimg, captions=args.captions, teacher=str(args.teacher.resolve()))
+    unet.check(once(args.out / 'settings.json', lambda: settings) == settings,
+               f'{args.out} has scores of other settings (settings.json); give another --out')
     rows = {}
     for strategy in args.only:
         for seed in args.seeds:
             folder = args.out / f'{strategy.replace(" ", "-")}-{seed}'
             rows.setdefault(strategy, []).append(once(folder / 'score.json', lambda: distil(
-                exam, folder, args.teacher, args.kimg, strategy, seed)))
+                exam, folder, strategy, teacher=str(args.teacher), seed=seed, kimg=args.kimg,
+                save_kimg=args.kimg)))
+            shutil.rmtree(folder / 'state', ignore_errors=True)     # 78 MB that nothing needs now
     for kappa in args.kappa:
-        rows[f'teacher {kappa:g}'] = [once(args.out / f'teacher-{kappa:g}.json', lambda: score(
-            exam, lambda z, c: sid_lsg.ddim(teacher, z, c, null, kappa, 25)))]
-
-    drawn = tiny_world.pictures([tiny_world.scene_of(text) for text in repeated(exam)], seed=7)
-    again = exam.drawn(seed=6)
-    right, _ = tiny_world.right(tiny_world.pictures(exam.scenes, seed=6), exam.scenes)
-    rows['drawn pictures'] = [dict(right=right, fd=exam.distance(again), spread=spread(exam, again),
-                                   diversity=diversity(drawn))]
-    print(f'{args.kimg:g} thousand images a run, seeds {args.seeds}, {len(exam.captions)} captions; mean +- half the '
-          f'range of the seeds\n\n| | kappa1, 2 = 3, 4 | alpha | right | FD | spread | diversity |\n|---|---|---|---|---|---|---|')
-    for name, several in rows.items():
-        *kappa, alpha = STRATEGIES.get(name, ('', '', '', ''))
-        cells = []
-        for number in NUMBERS:
-            percent = number in ('right', 'spread')
-            values = [row[number] * (100 if percent else 1) for row in several]
-            cells.append(f'{np.mean(values):.1f}' + (f' +- {np.ptp(values) / 2:.1f}' if len(values) > 1 else '')
-                         + (' %' if percent else ''))
-        print(f'| {name} | {", ".join(f"{k:g}" for k in kappa if k != "")} | {alpha} | {" | ".join(cells)} |')
-    chart({name: [(row['right'], row['fd']) for row in several] for name, several in rows.items()
-           if name != 'drawn pictures'}, args.out / 'findings.png')
-    print(f'\n{args.out / "findings.png"}')
+        rows[f'teacher {kappa:g}'] = [once(args.out / f'teacher-{kappa:g}.json',
+                                           lambda: score(exam, *exam.sample(exam.ddim(kappa))))]
+    rows['drawn images'] = [score(exam, *exam.drawn(seed=6))]
+    print(f'{args.kimg:g} thousand images, {args.captions} captions, seeds {args.seeds}; mean ± '
+          'standard deviation over seeds', *table(rows), sep='\n')
+    points = {name: [(row['right'], row['fd']) for row in seeds] for name, seeds in rows.items()}
+    chart(points, args.out / 'findings.png')
+    print(args.out / 'findings.png')
 
 
 if __name__ == '__main__':

@@ -1,21 +1,17 @@
-"""Score a run of the tiny world against its teacher, on captions that neither was trained on.
+"""Score generators of the tiny world, and their teacher, on captions that neither was trained on.
 
-    python tests/score_tiny.py runs/000 [--captions 2000] [--sets 4] [--kappa 1.5 2]
+    python tests/score_tiny.py runs/000 [--captions 2000] [--sets 4] [--kappa 1 1.5 2 3]
 
-Prints, for the untouched teacher in one step, the teacher in 25 DDIM steps at each kappa, and the run's
-generator in one step: the share of pictures right in every attribute, of all captions and of those with one
-object, and in each attribute (tests/tiny_world.py judges pixels, it is no network), and the Fréchet distance
-of their VAE latents to those of as many freshly drawn real pictures.
-
-All of it on every caption once for each of --sets, with other noise and other real pictures each time: between
-sets of 2,000 the distance of one generator was seen to differ by 0.03 to 0.3 (standard deviation).
+Prints the share of images that are right in every attribute, then of those with a single object,
+then the share for each attribute. tests/tiny_world.py judges the pixels, without a network. FD is
+the Fréchet distance of the images' VAE latents to those of images that the tiny world draws. With
+--sets there are several images of every caption, from other noise. FD is then the mean over sets,
+each compared with other drawn images, and sd their standard deviation.
 """
 
 import argparse
 import math
-import os
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -23,132 +19,130 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import clip_text
 import fid
 import make_tiny_sd
 import sid_lsg
 import tiny_world
 import unet
+import vae as vae_module
+
+ATTRIBUTES = ('background', 'count', 'place', 'size', 'color', 'shape')
 
 
 def moments(latents):
+    """Return mean and covariance of latents (N, 4, h, w), in double precision."""
     x = latents.flatten(1).double().cpu().numpy()
     return x.mean(0), np.cov(x, rowvar=False)
 
 
 class Exam:
-    """The first `count` captions that a teacher was not trained on, with what it takes to draw and to score them."""
+    """A teacher's first `count` held-out captions, and the networks to score images of them."""
 
     def __init__(self, teacher, count):
         self.device = sid_lsg.choose_device('')
-        self.teacher = unet.load(teacher).to(self.device)
-        self.vae, self.encode, self.tokenizer = sid_lsg.load_parts(teacher, self.device, self.teacher)
-        held_out = fid.read_lines(Path(teacher) / 'held_out.txt', '--teacher, which takes one of the tiny world')
-        sid_lsg.check(2 <= count <= len(held_out), f'expected --captions from 2 to {len(held_out)}, got {count}')
+        self.teacher = sid_lsg.place(unet.load(teacher), self.device)
+        self.vae = sid_lsg.place(vae_module.load(teacher), self.device)
+        self.encode = sid_lsg.PromptEncoder(teacher, '', self.teacher, self.device)
+        self.null = self.encode([''])
+        held_out = clip_text.read_prompts(Path(teacher) / 'held_out.txt')
+        unet.check(2 <= count <= len(held_out),
+                   f'--captions must be 2 to {len(held_out)}, found {count}')
         self.captions = held_out[:count]
-        self.scenes = [tiny_world.scene_of(text) for text in self.captions]
-        self.real = self.drawn(seed=5)
-        self.shape = tuple(self.real.shape[1:])
+        self.scenes = [tiny_world.scene_of(caption) for caption in self.captions]
+        self.shape = sid_lsg.latent_shape(0, self.teacher, self.vae)
+
+    def generator(self, run):
+        """Load the generator of a run as a function of (z, context), which makes one step."""
+        path, info = sid_lsg.find_generator(run)
+        G = sid_lsg.place(unet.load(path), self.device)
+        unet.check(G.sizes['context_dim'] == self.teacher.sizes['context_dim'],
+                   f'{run} was not distilled from this teacher; give --teacher')
+        return lambda z, context: sid_lsg.generate(G, z, context, info['t_init'])
+
+    def ddim(self, kappa, steps=25):
+        """Return the teacher with guidance and DDIM as a function of (z, context)."""
+        return lambda z, context: sid_lsg.ddim(self.teacher, z, context, self.null, kappa, steps)
 
     @torch.no_grad()
     def drawn(self, seed):
-        """Latents (count, 4, h, w) of freshly drawn pictures, one a caption."""
-        pictures = make_tiny_sd.to_net(tiny_world.pictures(self.scenes, seed))
-        return torch.cat([self.vae.encode(x.to(self.device)) for x in pictures.split(100)])
+        """Return images (count, 64, 64, 3) that the tiny world draws, and their latents."""
+        images = tiny_world.pictures(self.scenes, seed)
+        x = make_tiny_sd.to_net(images).to(self.device)
+        return images, torch.cat([self.vae.encode(part) for part in x.split(100)])
 
     @torch.no_grad()
-    def draw(self, make, captions=None, seeds=None):
-        """Latents and pictures of the captions, by make(z, context); caption i with seed i unless told."""
-        captions, latents, pictures = captions or self.captions, [], []
-        seeds = seeds or range(len(captions))
-        for i in range(0, len(captions), 100):
-            def keep(z, fresh, context):
-                latents.append(make(z, context))
-                return latents[-1]
-            pictures.append(sid_lsg.draw_pictures(
-                keep, self.vae, self.encode(captions[i:i + 100]), seeds[i:i + 100], self.shape))
-        return torch.cat(latents), np.concatenate(pictures)
+    def sample(self, make, captions=None, first=0):
+        """Return images and latents of make(z, context), for captions with seeds from `first`."""
+        captions, images, latents = captions or self.captions, [], []
 
-    def distance(self, latents, real=None):
-        """Fréchet distance of latents (count, 4, h, w) to those of drawn pictures, self.real unless told."""
-        return fid.frechet_distance(*moments(latents), *moments(self.real if real is None else real))
+        def keep(z, noise, context):
+            latents.append(make(z, context))
+            return latents[-1]
+        for i in range(0, len(captions), 100):
+            part = captions[i:i + 100]
+            seeds = range(first + i, first + i + len(part))
+            images.append(sid_lsg.sample_images(
+                keep, self.vae, self.encode(part), seeds, self.shape))
+        return np.concatenate(images), torch.cat(latents)
+
+
+def table_row(name, exam, sets, real):
+    """Return a row of the table: sets holds (images, latents) each, real the drawn latents."""
+    images = np.stack([images for images, _ in sets])
+    single = [i for i, (_, _, objects) in enumerate(exam.scenes) if len(objects) == 1]
+    right, each = tiny_world.right(np.concatenate(images), len(sets) * exam.scenes)
+    alone = math.nan
+    if single:
+        alone, _ = tiny_world.right(np.concatenate(images[:, single]),
+                                    len(sets) * [exam.scenes[i] for i in single])
+    distances = [fid.frechet_distance(*moments(latents), *moments(other))
+                 for (_, latents), other in zip(sets, real)]
+    return (f'{name:34s} {right:6.1%} {alone:6.1%} {np.mean(distances):7.2f} '
+            f'{np.std(distances):5.2f}  ' + ' '.join(f'{each[a]:10.1%}' for a in ATTRIBUTES))
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('runs', nargs='*', metavar='RUN', help='run folders that sid_lsg.py train made')
+    parser.add_argument('runs', nargs='*', metavar='RUN', help='folders of runs or generators')
     parser.add_argument('--teacher', default=make_tiny_sd.TINY, help='default: %(default)s')
-    parser.add_argument('--captions', type=int, default=2000,
-                        help='held-out captions to use, default: %(default)s')
-    parser.add_argument('--sets', type=int, default=1,
-                        help='pictures of each caption; the Fréchet distance is the mean over the sets of one each, '
-                             'with their standard deviation, default: %(default)s')
-    parser.add_argument('--kappa', type=float, nargs='*', default=[1.5, 2.0],
-                        help='the teacher\'s guidance, default: %(default)s')
-    parser.add_argument('--steps', type=int, default=25,
-                        help='the teacher\'s DDIM steps, default: %(default)s')
-    parser.add_argument('--picture', help='PNG to write: the first 8 captions by teacher and runs, side by side')
+    parser.add_argument('--captions', type=int, default=2000, help='default: %(default)s')
+    parser.add_argument('--sets', type=int, default=1, help='images per caption (default: 1)')
+    parser.add_argument('--kappa', type=float, nargs='*', default=[1.0, 1.5, 2.0, 3.0],
+                        help='guidance of the teacher (default: 1 1.5 2 3)')
+    parser.add_argument('--steps', type=int, default=25, help='of the teacher (default: 25)')
+    parser.add_argument('--grid', help='PNG to write: rows of 8 images by teacher and runs')
     args = parser.parse_args(arguments)
-    if args.sets < 1 or not 1 <= args.steps <= 999 or not np.isfinite(args.kappa).all():
-        parser.error('expected --sets of 1 or more, --steps from 1 to 999, finite --kappa; '
-                     f'not {args.sets}, {args.steps}, {args.kappa}')
+    try:
+        score(args)
+    except (unet.UserError, OSError) as error:
+        print(f'score_tiny: {error}', file=sys.stderr)
+        sys.exit(2)
 
-    with sid_lsg.user_errors():         # before the minutes that drawing takes
-        exam, generators = Exam(args.teacher, args.captions), []
-        for run in args.runs:
-            folder, facts = sid_lsg.generator_in(run)
-            generators.append((run, unet.load(folder), facts.get('t_init', 625)))
-            sid_lsg.check_parts(exam.encode.net, exam.tokenizer, generators[-1][1], args.teacher)
-        if args.picture:
-            sid_lsg.check(os.access(Path(args.picture).absolute().parent, os.W_OK) and not Path(args.picture).is_dir(),
-                          f'expected a PNG to write for --picture, in a folder that can be written, got {args.picture}')
-    count, sets = len(exam.captions), range(args.sets)
-    teacher, null = exam.teacher, exam.encode([''])
-    reals = [exam.real] + [exam.drawn(seed=5 + 2 * s) for s in sets[1:]]
-    attributes = ('background', 'count', 'place', 'size', 'color', 'shape')
-    single = [i for i, (_, _, objects) in enumerate(exam.scenes) if len(objects) == 1]
-    print(f'{count} held-out captions, {len(single)} of them with one object; {args.sets} pictures of each\n'
-          f'{"":34s} {"right":>6s} {"of one":>6s} {"FD":>7s} {"sd":>5s}  '
-          + ' '.join(f'{a:>10s}' for a in attributes))
 
-    rows = []
-
-    def report(name, latents, pictures, began):
-        """A line of the table; latents and pictures are lists, one entry a set."""
-        rows.append((name, pictures[0][:8]))
-        share, each = tiny_world.right(np.concatenate(pictures), exam.scenes * len(pictures))
-        alone = math.nan if not single else tiny_world.right(
-            np.concatenate([p[single] for p in pictures]), [exam.scenes[i] for i in single] * len(pictures))[0]
-        distances = [exam.distance(x, real) for x, real in zip(latents, reals)] or [math.nan]
-        deviation = f'{np.std(distances):5.2f}' if len(distances) > 1 else 5 * ' '
-        print(f'{name:34s} {share:6.1%} {alone:6.1%} {np.mean(distances):7.2f} {deviation}  '
-              + ' '.join(f'{each[a]:10.1%}' for a in attributes)
-              + f'   {time.time() - began:.0f} s', flush=True)
-
-    def draw(name, make):
-        began = time.time()
-        drawn = [exam.draw(make, seeds=range(s * count, (s + 1) * count)) for s in sets]
-        report(name, *zip(*drawn), began)
-
-    began = time.time()
-    report('drawn pictures', [exam.drawn(seed=6 + 2 * s) for s in sets],
-           [tiny_world.pictures(exam.scenes, seed=5 + 2 * s) for s in sets], began)
-    began = time.time()
-    with torch.no_grad():
-        kept = [np.concatenate([sid_lsg.to_uint8(exam.vae.decode(x)) for x in real.split(100)]) for real in reals]
-    report('the same through the VAE', [], kept, began)
-    draw('teacher, 1 step', lambda z, c: sid_lsg.generate(teacher, z, c))
-    for run, G, t_init in generators:
-        G.to(exam.device)
-        draw(f'{run}, 1 step', lambda z, c: sid_lsg.generate(G, z, c, t_init))
-    for kappa in args.kappa:
-        draw(f'teacher, {args.steps} steps, kappa {kappa:g}',
-             lambda z, c: sid_lsg.ddim(teacher, z, c, null, kappa, args.steps))
-    if args.picture:
-        rows = rows[2:3 + len(generators)] + rows[-1:] * bool(args.kappa)           # the teacher at its last kappa
-        sid_lsg.save_png(sid_lsg.make_grid([image for _, pictures in rows for image in pictures],
-                                           [f'{name}: {text}' for name, _ in rows for text in exam.captions[:8]], 8),
-                         args.picture)
+def score(args):
+    unet.check(args.sets > 0 and 0 < args.steps < 1000 and np.isfinite(args.kappa).all(),
+               '--sets must be above 0, --steps 1 to 999, and --kappa finite')
+    exam = Exam(args.teacher, args.captions)
+    makers = {'teacher, 1 step': lambda z, context: sid_lsg.generate(exam.teacher, z, context)}
+    makers |= {f'{run}, 1 step': exam.generator(run) for run in args.runs}
+    makers |= {f'teacher, {args.steps} steps, kappa {kappa:g}': exam.ddim(kappa, args.steps)
+               for kappa in args.kappa}
+    print(f'{len(exam.captions)} held-out captions, {args.sets} images of each\n'
+          f'{"":34s} {"right":>6s} {"single":>6s} {"FD":>7s} {"sd":>5s}  '
+          + ' '.join(f'{name:>10s}' for name in ATTRIBUTES))
+    real = [exam.drawn(seed=5 + 2 * i)[1] for i in range(args.sets)]
+    drawn = [exam.drawn(seed=6 + 2 * i) for i in range(args.sets)]
+    print(table_row('drawn images', exam, drawn, real), flush=True)
+    images, labels = [], []
+    for name, make in makers.items():
+        sets = [exam.sample(make, first=i * len(exam.captions)) for i in range(args.sets)]
+        print(table_row(name, exam, sets, real), flush=True)
+        images += list(sets[0][0][:8])
+        labels += [name, *7 * ['']]
+    if args.grid:
+        sid_lsg.save_png(sid_lsg.make_grid(images, labels, columns=8), args.grid)
 
 
 if __name__ == '__main__':
