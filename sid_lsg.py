@@ -1154,7 +1154,7 @@ def main(arguments=None):
     name, given = parse(arguments)
     command, make_config, _, _ = COMMANDS[name]
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, 'reconfigure'):
+        with contextlib.suppress(AttributeError, ValueError):       # closed, or not a terminal
             stream.reconfigure(errors='replace')        # not every terminal can show every prompt
     try:
         command(make_config(**given))
