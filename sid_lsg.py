@@ -813,10 +813,11 @@ def open_samples(out, jobs, info):
           f'{out} holds images but no sample.json; give another --out')
     if RANK == 0:
         unet.write_json(file, dict(info, jobs=jobs))
-    todo = [i for i in range(len(jobs)) if not (out / f'{i:06d}.png').exists()]
-    if len(todo) < len(jobs):
-        say(f'{len(jobs) - len(todo)} of {len(jobs)} images are there already', sys.stderr)
-    return todo[RANK::WORLD]
+    own = range(RANK, len(jobs), WORLD)     # first, because other processes may be ahead by images
+    todo = [i for i in own if not (out / f'{i:06d}.png').exists()]
+    if len(todo) < len(own):
+        say(f'{len(own) - len(todo)} of {len(own)} images are there already', sys.stderr)
+    return todo
 
 
 def sample_images(sampler, vae, context, seeds, shape):
