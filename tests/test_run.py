@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -127,13 +128,13 @@ def dies_while_writing(tensors, file, **metadata):
         os.truncate(file, 1000)
         os.kill(os.getpid(), signal.SIGKILL)
 
-for kill in range(6):
+for kill in range(4):
     begun, child = newest(), os.fork()
     if not child:
         if kill % 2:
             write_tensors, unet.write_tensors = unet.write_tensors, dies_while_writing
         sid_lsg.train(sid_lsg.train_config(
-            resume=str(folder), teacher=teacher, kimg=0.16, save_kimg=0.008))
+            resume=str(folder), teacher=teacher, kimg=0.096, save_kimg=0.008))
         os._exit(0)
     if kill % 2 == 0:
         while newest() <= begun:
@@ -142,23 +143,18 @@ for kill in range(6):
         os.kill(child, signal.SIGKILL)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     assert newest() > begun, 'nothing was saved'
-    print('state', newest(), (folder / 'state' / 'unfinished').exists(), flush=True)
+    assert (folder / 'state' / 'unfinished').exists() or kill % 2 == 0
 """
 
 
 @LINUX
-def test_a_run_that_was_killed_six_times_resumes_to_the_bit(teacher, tmp_path):
+def test_a_run_that_was_killed_four_times_resumes_to_the_bit(whole, teacher, tmp_path):
     """kill -9 at any moment, and while a state is written. The same command begins and resumes."""
     result = subprocess.run([sys.executable, '-c', KILLER, tmp_path / 'run', teacher], cwd=ROOT,
                             capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    states = [line.split()[1:] for line in result.stdout.splitlines() if line.startswith('state')]
-    assert len(states) == 6 and [half for _, half in states][1::2] == 3 * ['True']
-    train(tmp_path / 'run', kimg=0.16)
-    train(tmp_path / 'undisturbed', teacher, kimg=0.16, save_kimg=0.008)
-    one, two = (state(tmp_path / name, 160) for name in ('run', 'undisturbed'))
-    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
-    assert rows(tmp_path / 'run') == rows(tmp_path / 'undisturbed')
+    train(tmp_path / 'run', save_kimg=0.032)
+    assert_same_run(tmp_path / 'run', whole)
     assert not (tmp_path / 'run' / 'state' / 'unfinished').exists()
 
 
@@ -319,44 +315,23 @@ def test_ten_iterations_of_nan_stop_a_run_and_leave_its_weights_alone(count, sto
         assert all(w.isfinite().all() for w in state(folder, 128).values())
 
 
-def distance(run, other, seen=96):
-    """Return how far two runs' weights are apart, relative to their size, for each network."""
-    one, two, result = state(run, seen), state(other, seen), {}
-    for net in ('G.', 'fake.', 'ema.'):
-        a, b = (torch.cat([x[key].flatten() for key in sorted(one) if key.startswith(net)])
-                for x in (one, two))
-        result[net] = ((a - b).norm() / a.norm()).item()
-    return result
+def test_recompute_gives_the_same_gradients_with_less_memory(teacher):
+    """What autograd keeps for the backward pass of the UNet."""
+    kept, gradients, g = [], [], torch.Generator().manual_seed(0)
+    x, context = torch.randn(2, 4, 8, 8, generator=g), torch.randn(2, 77, 16, generator=g)
 
-
-# Adam makes a whole step of a gradient that is rounding alone, hence a smaller learning rate.
-SLOW = dict(LENGTH, lr=1e-4, fake_lr=1e-4)
-
-
-@pytest.fixture(scope='module')
-def slow(teacher, tmp_path_factory):
-    folder = tmp_path_factory.mktemp('slow') / 'run'
-    train(folder, teacher, **SLOW)
-    return folder
-
-
-def test_options_that_save_memory_change_next_to_nothing(slow, teacher, tmp_path):
-    train(tmp_path / 'run', teacher, **SLOW, micro_batch=2, recompute=True, ema_device='cpu')
-    assert max(distance(tmp_path / 'run', slow).values()) < 1e-5
-
-
-def test_recompute_keeps_less_for_the_backward_pass(teacher):
-    kept, net = [], unet.load(teacher)
-    for prepare in (lambda net: None, sid_lsg.recompute_in_backward):
-        prepare(net)
+    def keep(x):
+        kept[-1] += x.numel()
+        return x
+    for recompute in (False, True):
+        net = unet.load(teacher)
         kept.append(0)
-
-        def keep(x):
-            kept[-1] += x.numel()
-            return x
+        if recompute:
+            sid_lsg.recompute_in_backward(net)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            net(torch.zeros(2, 4, 8, 8), torch.tensor(5), torch.zeros(2, 77, 16)).sum().backward()
-    assert kept[1] < 0.5 * kept[0]
+            net(x, torch.tensor(5), context).square().sum().backward()
+        gradients.append(net.conv_in.weight.grad)
+    assert kept[1] < 0.5 * kept[0] and torch.allclose(*gradients, rtol=1e-4)
 
 
 def test_compiled_networks_train_as_others_do(teacher, tmp_path, monkeypatch):
@@ -368,33 +343,26 @@ def test_compiled_networks_train_as_others_do(teacher, tmp_path, monkeypatch):
                         lambda net, **options: real(net, backend='eager', **options))
     torch.compiler.reset()
     counters.clear()
-    short = dict(SLOW, kimg=0.016)
-    train(tmp_path / 'run', teacher, **short, compile=True)
+    for name in ('compiled', 'plain'):
+        train(tmp_path / name, teacher, kimg=0.008, compile=name == 'compiled')
     assert not counters['graph_break'] and counters['stats']['unique_graphs'] == 4
-    train(tmp_path / 'plain', teacher, **short)
-    assert max(distance(tmp_path / 'run', tmp_path / 'plain', 16).values()) < 1e-5
+    one, two = rows(tmp_path / 'compiled'), rows(tmp_path / 'plain')
+    assert one[0] == pytest.approx(two[0], rel=1e-4)
 
 
 @pytest.mark.parametrize('precision', ['bf16', 'fp16'])
 def test_half_precision_keeps_fp32_weights(precision, teacher, tmp_path, monkeypatch):
     """Only the teacher, which never changes, is in bf16. fp16 has a larger eps and a clip."""
     runs, clips, update, close = [], [], sid_lsg.update, sid_lsg.Run.close
-
-    def watched(optimizer, clip):
-        assert all(p.grad.dtype == torch.float32 for p in optimizer.parameters)
-        clips.append(clip)
-        return update(optimizer, clip)
-    monkeypatch.setattr(sid_lsg, 'update', watched)
+    monkeypatch.setattr(sid_lsg, 'update', lambda o, clip: clips.append(clip) or update(o, clip))
     monkeypatch.setattr(sid_lsg.Run, 'close', lambda run: runs.append(run) or close(run))
     train(tmp_path / 'run', teacher, kimg=0.016, precision=precision)
-    run, = runs
     half = torch.bfloat16 if precision == 'bf16' else torch.float32
     for name, dtype in dict(teacher=half, G=torch.float32, fake=torch.float32).items():
-        assert {p.dtype for p in getattr(run, name).parameters()} == {dtype}
-    assert clips == 2 * [float('inf'), 1.0 if precision == 'fp16' else float('inf')]
-    assert run.optimizers['G'].eps == (1e-6 if precision == 'fp16' else 1e-8)
+        assert {p.dtype for p in getattr(runs[0], name).parameters()} == {dtype}
+    clip, eps = dict(bf16=(math.inf, 1e-8), fp16=(1.0, 1e-6))[precision]
+    assert clips == 2 * [math.inf, clip] and runs[0].optimizers['G'].eps == eps
     assert all(w.isfinite().all() for w in state(tmp_path / 'run', 16).values())
-    assert len({row['loss_G'] for row in rows(tmp_path / 'run')}) == 2
 
 
 def stand_in_for_inception(setattr=setattr):
@@ -481,6 +449,20 @@ sid_lsg.main()
 """
 
 
+def distance(run, other):
+    """Return the largest distance of two runs' networks, relative to their norm."""
+    one, two, distances = state(run), state(other), []
+    for net in ('G.', 'fake.', 'ema.'):
+        a, b = (torch.cat([x[key].flatten() for key in sorted(one) if key.startswith(net)])
+                for x in (one, two))
+        distances.append((a - b).norm() / a.norm())
+    return max(distances)
+
+
+# Adam makes a whole step of a gradient that is rounding alone, hence a smaller learning rate.
+SLOW = dict(LENGTH, lr=1e-4, fake_lr=1e-4)
+
+
 @LINUX
 def test_two_processes_equal_one(teacher, tmp_path, monkeypatch):
     """torchrun, interrupted by a signal to one of the two, which both stop, and resumed."""
@@ -499,7 +481,7 @@ def test_two_processes_equal_one(teacher, tmp_path, monkeypatch):
 
     stand_in_for_inception(monkeypatch.setattr)
     train(tmp_path / 'one', teacher, **SLOW, **SCORING)
-    assert max(distance(tmp_path / 'one', tmp_path / 'run').values()) < 1e-5
+    assert distance(tmp_path / 'one', tmp_path / 'run') < 1e-5
     for one, two in zip(rows(tmp_path / 'one'), rows(tmp_path / 'run'), strict=True):
         assert two == pytest.approx(one, rel=1e-3, abs=1e-4)
 
