@@ -78,9 +78,7 @@ def now(monkeypatch):
 
 @pytest.fixture(scope='session')
 def teacher(tmp_path_factory):
-    """Return a checkpoint folder of random weights, with its settings and prompts.
-
-    It has a thirtieth of the tiny teacher's size, and makes images of 32 pixels."""
+    """Return a checkpoint folder of random weights, of 32 pixels, with settings and prompts."""
     folder = tmp_path_factory.mktemp('teacher')
     torch.manual_seed(0)
     net = unet.UNet((16, 32), context_dim=16, heads=2, layers=1, groups=4, attention=(True, True))

@@ -72,7 +72,6 @@ def test_train_leaves_a_whole_run_folder(work, teacher):
     assert [row['images'] for row in rows] == [8, 16, 24]
     assert set(rows[0]) == {'images', 'seconds', 'loss_fake', 'grad_fake', 'loss_G', 'xg_xphi',
                             'xphi_xpsi', 'grad_G', 'nan_grads'}
-    assert all(np.isfinite(value) for row in rows for value in row.values())
     settings = json.loads((run / 'config.json').read_text())
     assert settings['lr'] == SETTINGS['lr'] and settings['kappa'] == [1.5, 1.5, 1.5]
     assert json.loads((run / 'generator' / 'generator.json').read_text()) == dict(
@@ -81,8 +80,6 @@ def test_train_leaves_a_whole_run_folder(work, teacher):
     file = 'unet/diffusion_pytorch_model.safetensors'
     before, after = load_file(teacher / file), load_file(run / 'generator' / file)
     assert all((w != before[key]).any() for key, w in after.items() if w.ndim == 4)
-    grids = [np.asarray(Image.open(run / f'grid_{n:09d}.png')) for n in (0, 16, 24)]
-    assert (grids[0] != grids[1]).any() and (grids[1] != grids[2]).any()
 
 
 @pytest.mark.parametrize('options', ['--kappa 0 0 1', '--kappa 1', '--kappa 0.5 1 1', '--size 64',
@@ -156,40 +153,32 @@ def test_sample_completes_a_folder_and_shares_it_among_processes(work, teacher, 
         result = ask(5, '--out', 'shared', rank=rank, world=2)
         assert result.out.split() == [f'shared/{i:06d}.png' for i in own], result.err
     assert difference(pixels(tmp_path / 'all', 5), images) == 0
-    assert difference(pixels(tmp_path / 'shared', 5), images) <= 1
     assert ask(5, world=2).code == 2            # without --out, each would make a folder
 
 
 def test_an_image_depends_on_its_prompt_and_seed_alone(work, tmp_path):
-    """Not on its neighbours, nor on the batch, including the noise of later steps."""
+    """Not on its neighbours or the batch, including later noise. Half precision is close."""
     def images(name, count, *arguments):
         result = call('sample', *arguments, '--steps', 2, '--generator', work[0] / 'runs' / '000',
                       '--out', tmp_path / name)
         assert result.code == 0, result.err
-        return pixels(tmp_path / name, count)
-    together = images('a', 6, 'a red star 1', 'a blue ring', '--seeds', '3-5')
-    single = images('b', 6, 'a red star 1', 'a blue ring', '--seeds', '3-5', '--batch', 1)
+        return np.stack(pixels(tmp_path / name, count))
+    two = 'a red star 1', 'a blue ring', '--seeds', '3-5'
+    together, single = images('a', 6, *two), images('b', 6, *two, '--batch', 1)
     alone = images('c', 1, 'a blue ring', '--seeds', '4')
-    assert difference(alone, together[4:5]) <= 1 and difference(single, together) <= 1
+    assert difference(alone[0], together[4]) <= 1 and difference(single, together) <= 1
     assert difference(together[3], together[4]) > 1
-
-
-@pytest.mark.parametrize('precision', ['bf16', 'fp16'])
-def test_half_precision_makes_the_same_images(precision, work, tmp_path):
-    for name in ('fp32', precision):
-        assert call('sample', 'a red star 1', '--seeds', '0-3', '--precision', name, '--generator',
-                    work[0] / 'runs' / '000', '--out', tmp_path / name).code == 0
-    whole, half = (np.stack(pixels(tmp_path / name, 4)) for name in ('fp32', precision))
-    assert 0 < abs(whole - half).max() and abs(whole - half).mean() < 0.02 * whole.std()
+    for precision in ('bf16', 'fp16'):
+        half = images(precision, 6, *two, '--precision', precision)
+        assert 0 < abs(half - together).mean() < 0.02 * together.std()
 
 
 def test_sample_can_use_the_teacher(teacher, tmp_path):
-    ask = ['sample', 'a red star', '--teacher', teacher, '--teacher-steps', 3, '--out', 'images']
-    assert call(*ask, cwd=tmp_path).code == 0
+    ask = ['sample', 'x', '--teacher', teacher, '--teacher-steps', 3, '--out', tmp_path / 'images']
+    assert call(*ask).code == 0
     saved = json.loads((tmp_path / 'images' / 'sample.json').read_text())
-    assert saved == dict(teacher_steps=3, kappa=1.5, precision='fp32', jobs=[['a red star', 0]])
-    result = call(*ask, '--kappa', 2, cwd=tmp_path)
-    assert result.code == 2 and 'another kappa' in result.err
+    assert saved == dict(teacher_steps=3, kappa=1.5, precision='fp32', jobs=[['x', 0]])
+    assert 'another kappa' in call(*ask, '--kappa', 2).err
 
 
 def test_generators_are_found_and_exported(work, teacher, tmp_path):
@@ -324,14 +313,6 @@ def test_a_mistake_is_refused_before_a_weight_is_read(arguments, fact, mess, tea
     assert time.process_time() - began < 2 and sorted(mess.rglob('*')) == before
 
 
-def test_settings_at_their_limits_are_no_mistake():
-    low = sid_lsg.TrainConfig(batch=1, micro_batch=1, t_min=0, t_max=1, t_init=0, drop=0.0,
-                              kimg=1e-9, fid_num=2, lr=0.0)
-    sid_lsg.check_settings(low)
-    sid_lsg.check_settings(dataclasses.replace(low, batch=8, t_min=999, t_max=1000, t_init=999,
-                                               drop=1.0, kappa=(-1, 0, 1)))
-
-
 @pytest.mark.parametrize('error, code, sentence', [
     (KeyboardInterrupt, 130, 'interrupted'), (OSError('no space left'), 2, 'no space left'),
     (torch.OutOfMemoryError, 2, 'out of memory; use --precision bf16')])
@@ -384,42 +365,27 @@ def test_given_back(cuda):
     assert '2 passed' in result.stdout and 'skipped' not in result.stdout, result.stdout
 
 
-@pytest.mark.parametrize('precision, off', [('fp32', 1e-3), ('bf16', 0.05)])
-def test_no_iteration_waits_for_cuda(precision, off, cuda, teacher, tmp_path, monkeypatch):
+def test_cuda_agrees_with_the_cpu_and_no_iteration_waits_for_it(cuda, teacher, tmp_path,
+                                                                monkeypatch):
     """From the second iteration on, making the host wait is an error. The log may wait."""
-    end_iteration = sid_lsg.Run.end_iteration
+    end_iteration, rows = sid_lsg.Run.end_iteration, {}
 
     def watched(run, iteration):
         torch.cuda.set_sync_debug_mode('default')
         stop = end_iteration(run, iteration)
-        last = iteration == run.iterations - 1
-        torch.cuda.set_sync_debug_mode('default' if last else 'error')
+        going_on = run.device.type == 'cuda' and iteration < run.iterations - 1
+        torch.cuda.set_sync_debug_mode('error' if going_on else 'default')
         return stop
-    rows = {}
-    for device, kind in (('cpu', 'fp32'), ('cuda', precision)):
-        if device == 'cuda':
-            monkeypatch.setattr(sid_lsg.Run, 'end_iteration', watched)
-        try:
-            call('train', '--teacher', teacher, '--out', device, '--device', device, '--precision',
-                 kind, '--micro-batch', 4, cwd=tmp_path)
-        finally:
-            torch.cuda.set_sync_debug_mode('default')
-        rows[device] = [json.loads(line) for line in open(tmp_path / device / 'log.jsonl')]
-    assert len(rows['cuda']) == 3
+    monkeypatch.setattr(sid_lsg.Run, 'end_iteration', watched)
+    for name, *more in (('cpu',), ('cuda',), ('cuda_bf16', '--precision', 'bf16')):
+        device, run = name.split('_')[0], tmp_path / name
+        result = call('train', '--teacher', teacher, '--out', run, '--device', device,
+                      '--micro-batch', 4, *more)
+        assert result.code == 0, result.err
+        rows[name] = [json.loads(line) for line in open(run / 'log.jsonl')]
+        assert call('sample', 'a red star 1', '--seeds', '0-2', '--steps', 2, '--generator',
+                    tmp_path / 'cpu', '--device', device, '--out', tmp_path / name / 'x').code == 0
+        assert difference(pixels(tmp_path / 'cpu' / 'x', 3), pixels(run / 'x', 3)) <= 1
     for name in ('loss_fake', 'grad_fake', 'xg_xphi'):
-        assert rows['cuda'][0][name] == pytest.approx(rows['cpu'][0][name], rel=off), name
-
-
-def test_cuda_agrees_with_the_cpu(cuda, work, teacher, tmp_path):
-    """The UNet in fp32 without TF32, and the images of `sample`."""
-    g, t = torch.Generator().manual_seed(0), torch.tensor([0, 500, 999])
-    x, context = torch.randn(3, 4, 8, 8, generator=g), torch.randn(3, 77, 16, generator=g)
-    net = unet.load(teacher).requires_grad_(False)
-    eps = net(x, t, context)
-    eps_gpu = net.to(cuda)(x.to(cuda), t.to(cuda), context.to(cuda)).cpu()
-    assert (eps - eps_gpu).abs().max() < 1e-4 * eps.abs().max()
-    for device in ('cpu', 'cuda'):
-        assert call('sample', 'a red star 1', '--seeds', '0-2', '--batch', 2, '--steps', 2,
-                    '--generator', work[0] / 'runs' / '000', '--device', device,
-                    '--out', tmp_path / device).code == 0
-    assert difference(pixels(tmp_path / 'cpu', 3), pixels(tmp_path / 'cuda', 3)) <= 1
+        assert rows['cuda'][0][name] == pytest.approx(rows['cpu'][0][name], rel=1e-3), name
+        assert rows['cuda_bf16'][0][name] == pytest.approx(rows['cpu'][0][name], rel=0.05), name

@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from tokenizers import AddedToken
-from torch._dynamo.utils import counters
 
 import clip_text
 import fid
@@ -242,13 +241,11 @@ def test_the_fingerprint_of_a_teacher_covers_added_tokens(teacher):
     assert len(prints) == 3
 
 
-@pytest.mark.parametrize('change', [
-    dict(lr=0.5), dict(batch=16), dict(kappa=(2.0,)), dict(seed=2), dict(size=64),
-    dict(precision='bf16'), dict(ema_kimg=1.0)])
-def test_a_setting_that_changes_the_result_cannot_change_on_resume(change, whole):
-    name = next(iter(change))
-    with pytest.raises(UserError, match=f'--{name.replace("_", "-")} cannot change when'):
-        sid_lsg.train_config(resume=str(whole), **change)
+@pytest.mark.parametrize('name, value', [('lr', 0.5), ('batch', 16), ('kappa', (2.0,)),
+                                         ('seed', 2), ('size', 64), ('precision', 'bf16')])
+def test_a_setting_that_changes_the_result_cannot_change_on_resume(name, value, whole):
+    with pytest.raises(UserError, match=f'--{name} cannot change when'):
+        sid_lsg.train_config(resume=str(whole), **{name: value})
 
 
 def test_other_settings_may_change_on_resume_and_equal_ones_be_given_again(whole, tmp_path):
@@ -285,9 +282,7 @@ def test_a_status_line_has_the_pace_and_the_means_since_the_one_before(now, tmp_
         '|xg-xphi| 3.000 |xphi-xpsi| 4.000  grad fake    5.0 G    6.0  21 gradients NaN',
         '     440 images   250.0 s per 1,000  0:02:20 left  loss fake     3.5 G     7.0  '
         '|xg-xphi| 10.500 |xphi-xpsi| 14.000  grad fake   17.5 G   21.0  49 gradients NaN', '']
-    logged = [json.loads(line) for line in open(tmp_path / 'log.jsonl')]
-    assert [(row['images'], row['seconds'], row['loss_fake']) for row in logged] == [
-        (408 + 8 * i, 52 + 2 * i, i) for i in range(5)]
+    assert [row['images'] for row in rows(tmp_path)] == [408, 416, 424, 432, 440]
 
 
 @pytest.mark.parametrize('count, stops', [(9, False), (10, True)])
@@ -332,22 +327,6 @@ def test_recompute_gives_the_same_gradients_with_less_memory(teacher):
             net(x, torch.tensor(5), context).square().sum().backward()
         gradients.append(net.conv_in.weight.grad)
     assert kept[1] < 0.5 * kept[0] and torch.allclose(*gradients, rtol=1e-4)
-
-
-def test_compiled_networks_train_as_others_do(teacher, tmp_path, monkeypatch):
-    """Four graphs: G without and with gradients, fake with its weights', both with their input's.
-
-    The backend needs no C++ compiler. torch gives up without a word after eight graphs."""
-    real = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, 'compile',
-                        lambda net, **options: real(net, backend='eager', **options))
-    torch.compiler.reset()
-    counters.clear()
-    for name in ('compiled', 'plain'):
-        train(tmp_path / name, teacher, kimg=0.008, compile=name == 'compiled')
-    assert not counters['graph_break'] and counters['stats']['unique_graphs'] == 4
-    one, two = rows(tmp_path / 'compiled'), rows(tmp_path / 'plain')
-    assert one[0] == pytest.approx(two[0], rel=1e-4)
 
 
 @pytest.mark.parametrize('precision', ['bf16', 'fp16'])
@@ -412,24 +391,19 @@ def test_a_run_logs_the_fid_of_what_sample_makes(teacher, tmp_path, monkeypatch)
     assert sizes == [16, 4]
 
 
-def test_a_signal_or_an_error_while_scoring_costs_no_state(teacher, tmp_path, monkeypatch):
-    """A FID that a signal cut off is not logged."""
+def test_a_signal_while_scoring_costs_no_state(teacher, tmp_path, monkeypatch):
+    """The run stops after the next iteration. A FID that was cut off is not logged."""
     stand_in_for_inception(monkeypatch.setattr)
     features, calls = fid.features, []
 
     def interrupted(*arguments):
         calls.append(os.kill(os.getpid(), signal.SIGTERM))
         return features(*arguments)
-
-    def broken(*arguments):
-        raise OSError('no space left')
-    for name, function, error in (('signal', interrupted, SystemExit), ('error', broken, OSError)):
-        monkeypatch.setattr(fid, 'features', function)
-        with pytest.raises(error):
-            train(tmp_path / name, teacher, **LENGTH, **SCORING)
-        assert '000000064' in os.listdir(tmp_path / name / 'state')
-        assert not any('fid' in row for row in rows(tmp_path / name))
-    assert len(calls) == 1 and rows(tmp_path / 'signal')[-1]['images'] == 72
+    monkeypatch.setattr(fid, 'features', interrupted)
+    with pytest.raises(SystemExit):
+        train(tmp_path / 'run', teacher, **LENGTH, **SCORING)
+    assert len(calls) == 1 and rows(tmp_path / 'run')[-1]['images'] == 72
+    assert not any('fid' in row for row in rows(tmp_path / 'run'))
 
 
 PAIR = """
