@@ -1,11 +1,10 @@
-"""Fixtures of all tests: a small teacher, the clock, and a GPU that only some tests may see."""
+"""Fixtures of all tests: a small teacher, and a GPU that only some tests may see."""
 
 import json
 import os
 import shutil
 import signal
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -66,14 +65,6 @@ def handlers():
     yield
     for number, handler in HANDLERS.items():
         signal.signal(number, handler)
-
-
-@pytest.fixture
-def now(monkeypatch):
-    """Return the time as a list of one number, which stands still until a test changes it."""
-    now = [1000.0]
-    monkeypatch.setattr(time, 'time', lambda: now[0])
-    return now
 
 
 @pytest.fixture(scope='session')
