@@ -137,7 +137,8 @@ class TrainConfig:
                             choices=[*DTYPES])
     micro_batch: int = option(0, 'images at a time on each device (default: its part of the batch)')
     recompute: bool = option(False, 'gradient checkpointing: less memory, one more forward pass')
-    ema_device: str = option('', 'cpu keeps the EMA off the GPU (default: the device)')
+    ema_device: str = option('', 'cpu keeps the EMA off the GPU (default: the device)',
+                             choices=['cpu'])
     compile: bool = option(False, 'torch.compile the networks: faster after some minutes')
 
     def __post_init__(self):
@@ -479,6 +480,7 @@ class Run:
     def __init__(self, config):
         # First everything that a user can get wrong, before a weight is read.
         check_settings(config)
+        settings = stored(config)       # --micro-batch as given: more GPUs may resume the run
         self.config, self.device = config, choose_device(config.device)
         config.micro_batch = config.micro_batch or config.batch // WORLD
         self.prompts = clip_text.read_prompts(config.prompts or prompts_of(config.teacher))
@@ -496,6 +498,9 @@ class Run:
                   f'{self.out} already holds a run; give another --out, or --resume {self.out}')
 
         # Then the networks. G, ema and fake start as copies of the teacher.
+        if self.stats:
+            weights = config.fid_weights or fid.default_weights()
+            self.inception = fid.load_inception(weights).to(self.device)
         self.teacher = place(unet.load(config.teacher), self.device)
         self.vae = place(vae_module.load(config.teacher), self.device)
         self.encode = PromptEncoder(config.teacher, config.tokenizer, self.teacher, self.device)
@@ -514,9 +519,6 @@ class Run:
                 recompute_in_backward(net)
             if config.compile:
                 net.compile(dynamic=False)
-        if self.stats:
-            weights = config.fid_weights or fid.default_weights()
-            self.inception = fid.load_inception(weights).to(self.device)
         eps = 1e-6 if config.precision == 'fp16' else 1e-8      # as the official code has it
         self.optimizers = dict(G=Adam(self.G, config.lr, eps),
                                fake=Adam(self.fake, config.fake_lr, eps))
@@ -530,7 +532,7 @@ class Run:
             self.load_state()
         seen = self.first * config.batch
         if RANK == 0:
-            unet.write_json(self.out / 'config.json', stored(config))
+            unet.write_json(self.out / 'config.json', settings)
             say(f'Distilling {config.teacher} into {self.out} on {self.device} in '
                 f'{config.precision}: kappa {config.kappa}, {len(self.prompts)} prompts, images '
                 f'{seen} to {self.iterations * config.batch}')
@@ -708,7 +710,8 @@ def fingerprint(tokenizer, *nets):
     """Return a SHA-256 of a tokenizer and of one column of every weight of fp32 networks."""
     weights = [w for net in nets for w in net.state_dict().values()]
     columns = [w.flatten(1)[:, 0] if w.ndim > 1 else w for w in weights]
-    words = json.dumps([tokenizer.vocab, tokenizer.merges])
+    added = [token.content for token in tokenizer.added]
+    words = json.dumps([tokenizer.vocab, tokenizer.merges, added], sort_keys=True)
     return hashlib.sha256(torch.cat(columns).cpu().numpy().tobytes() + words.encode()).hexdigest()
 
 
@@ -742,13 +745,13 @@ def sample(config):
     if config.teacher_steps:
         check(0 < config.teacher_steps < 1000 and not config.generator and config.steps == 1,
               '--teacher-steps must be 1 to 999, without --generator and --steps')
-        path = config.teacher = config.teacher or str(TINY_TEACHER)
-        info = dict(teacher_steps=config.teacher_steps, kappa=config.kappa)
+        check(math.isfinite(config.kappa), f'--kappa must be finite, found {config.kappa}')
+        path = config.teacher or str(TINY_TEACHER)
+        info = dict(teacher=path, teacher_steps=config.teacher_steps, kappa=config.kappa)
     else:
         path, info = find_generator(config.generator, config.teacher)
         info['steps'] = config.steps
-    teacher = config.teacher or info.pop('teacher')
-    tokenizer = info.pop('tokenizer', '')
+    teacher, tokenizer = info.pop('teacher'), info.pop('tokenizer', '')
     out = new_folder(config.out, 'samples')
     todo = open_samples(out, jobs, dict(info, precision=config.precision))
 
@@ -813,10 +816,11 @@ def open_samples(out, jobs, info):
           f'{out} holds images but no sample.json; give another --out')
     if RANK == 0:
         unet.write_json(file, dict(info, jobs=jobs))
-    todo = [i for i in range(len(jobs)) if not (out / f'{i:06d}.png').exists()]
-    if len(todo) < len(jobs):
-        say(f'{len(jobs) - len(todo)} of {len(jobs)} images are there already', sys.stderr)
-    return todo[RANK::WORLD]
+    own = range(RANK, len(jobs), WORLD)     # first, because other processes may be ahead by images
+    todo = [i for i in own if not (out / f'{i:06d}.png').exists()]
+    if len(todo) < len(own):
+        say(f'{len(own) - len(todo)} of {len(own)} images are there already', sys.stderr)
+    return todo
 
 
 def sample_images(sampler, vae, context, seeds, shape):
@@ -923,8 +927,8 @@ def find_generator(path, teacher=''):
         info['teacher'] = str(root)                     # exported together with the generator
     check(teacher or info.get('teacher'), f'{path} does not name its teacher; give --teacher, the '
                                           'checkpoint that has its VAE and text encoder')
-    for key in ('teacher', 'tokenizer'):
-        info[key] = absolute(info.get(key, ''))
+    info['teacher'] = teacher or absolute(info['teacher'])
+    info['tokenizer'] = absolute(info.get('tokenizer', ''))
     return root, info
 
 
@@ -933,7 +937,7 @@ def export(config):
     target = Path(config.target)
     check(not target.exists(), f'{target} exists already; give another name')
     path, info = find_generator(config.generator, config.teacher)
-    teacher = config.teacher or info.pop('teacher')
+    teacher = info.pop('teacher')
     tokenizer = info.pop('tokenizer') or teacher
     single = target.suffix == '.safetensors'
     dtype = DTYPES[config.precision or ('fp16' if single else 'fp32')]
@@ -1036,7 +1040,10 @@ def check_settings(config):
     """Raise UserError for settings of train that make no sense."""
     c = config
     check(len(c.kappa) == 3, f'--kappa must be one number or three, found {len(c.kappa)}')
-    check(all(math.isfinite(x) for x in (*c.kappa, c.alpha)), '--kappa and --alpha must be finite')
+    numbers = {f.name: (getattr(c, f.name),) for f in fields(c) if f.type is float}
+    for name, values in {**numbers, 'kappa': c.kappa}.items():
+        check(all(type(x) in (int, float) and math.isfinite(x) for x in values),
+              f'--{name.replace("_", "-")} must be finite, found {", ".join(map(str, values))}')
     micro_batch = c.micro_batch or max(c.batch // WORLD, 1)
     check(c.batch > 0 and micro_batch > 0 and c.batch % (micro_batch * WORLD) == 0,
           f'--batch {c.batch} must be a multiple of --micro-batch {micro_batch}, times the number '
@@ -1090,13 +1097,16 @@ def train_config(**given):
     else:
         file = Path(unet.locate(given.get('teacher', TINY_TEACHER))) / 'sid_lsg.json'
     saved = unet.read_json(file) if file.is_file() else {}
-    kinds = {f.name: f.type for f in fields(TrainConfig)}
+    settings = {f.name: f for f in fields(TrainConfig)}
     for name, value in saved.items():
-        check(name in kinds, f'{file} has {name}, which is no setting of train; remove it')
-        value = tuple(value) if kinds[name] is tuple and isinstance(value, list) else value
-        value = float(value) if kinds[name] is float and type(value) is int else value
-        check(type(value) is kinds[name], f'{file} has {name} {value!r}, which must be of type '
-                                          f'{kinds[name].__name__}')
+        check(name in settings, f'{file} has {name}, which is no setting of train; remove it')
+        kind, choices = settings[name].type, settings[name].metadata.get('choices')
+        value = tuple(value) if kind is tuple and isinstance(value, list) else value
+        value = float(value) if kind is float and type(value) is int else value
+        check(type(value) is kind, f'{file} has {name} {value!r}, which must be of type '
+                                   f'{"list" if kind is tuple else kind.__name__}')
+        check(not choices or value in (*choices, settings[name].default),
+              f'{file} has {name} {value!r}, which must be one of {", ".join(choices or ())}')
         saved[name] = absolute(value) if name in PATHS else value
     config = TrainConfig(**{**saved, **given})
     if file == run:
@@ -1149,7 +1159,7 @@ def main(arguments=None):
     name, given = parse(arguments)
     command, make_config, _, _ = COMMANDS[name]
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, 'reconfigure'):
+        with contextlib.suppress(AttributeError, ValueError):       # closed, or not a terminal
             stream.reconfigure(errors='replace')        # not every terminal can show every prompt
     try:
         command(make_config(**given))

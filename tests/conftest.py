@@ -1,18 +1,20 @@
+"""Fixtures of all tests: a small teacher, and a GPU that only some tests may see."""
+
 import json
 import os
 import shutil
+import signal
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))       # `import unet` works wherever pytest is started
 
-# Nothing here may reach for the network, and the output is the tests' own: no progress bars, no advice. One thread a
-# process, since two processes of two threads each on two cores wait for one another (72 seconds for what takes 11).
-# The libraries read these at import, hence here, before any test module is.
-os.environ.update(OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1', TRANSFORMERS_OFFLINE='1', HF_HUB_DISABLE_PROGRESS_BARS='1',
-                  TRANSFORMERS_VERBOSITY='error', DIFFUSERS_VERBOSITY='error')
+# Libraries read these when they are imported. Nothing here may use the network or print advice.
+# With one thread per process, two processes on two cores do not wait for each other.
+os.environ.update(OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1', TRANSFORMERS_OFFLINE='1',
+                  HF_HUB_DISABLE_PROGRESS_BARS='1', TRANSFORMERS_VERBOSITY='error',
+                  DIFFUSERS_VERBOSITY='error')
 
 import pytest
 import torch
@@ -22,38 +24,52 @@ import sid_lsg
 import unet
 import vae
 
-# With or without a GPU tests run on the CPU, which adds in the same order each time; the fixture `cuda` gives the GPU back.
-GPU, VISIBLE = torch.cuda.is_available, os.environ.get('CUDA_VISIBLE_DEVICES')
-THERE = GPU()                       # asked before it is hidden, from programs that tests start too
+# Tests run on the CPU, which always adds in the same order. The fixture `cuda` gives the GPU back.
+GPU = torch.cuda.is_available
 torch.cuda.is_available = lambda: False
-os.environ['CUDA_VISIBLE_DEVICES'] = ''
 
-SETTINGS = dict(kimg=0.024, batch=8, lr=1e-3, fake_lr=1e-3, ema_kimg=0.1, grid_kimg=0.016, seed=1)
+SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1')
+           if hasattr(signal, name)]
+HANDLERS = {number: signal.getsignal(number) for number in SIGNALS}
+
+SETTINGS = dict(kimg=0.024, batch=8, lr=1e-3, fake_lr=1e-3, ema_kimg=0.1, save_kimg=0.016, seed=1)
+
+
+@pytest.fixture(scope='session', autouse=True)
+def hidden_gpu():
+    """Hide the GPU from programs that tests start. Return whether there is one, and its variable.
+
+    This must not happen at import: pytest-xdist's main process imports this file first, and its
+    workers inherit its environment, so they would believe that there is no GPU."""
+    found, visible = GPU(), os.environ.get('CUDA_VISIBLE_DEVICES')
+    os.environ['CUDA_VISIBLE_DEVICES'] = ''
+    return found, visible
 
 
 @pytest.fixture
-def cuda(monkeypatch):
-    """The GPU's torch.device."""
-    if not THERE:
+def cuda(hidden_gpu, monkeypatch):
+    """Return the GPU's torch.device, and let programs see it."""
+    found, visible = hidden_gpu
+    if not found:
         pytest.skip('no CUDA device')
     monkeypatch.setattr(torch.cuda, 'is_available', GPU)
     monkeypatch.delenv('CUDA_VISIBLE_DEVICES')
-    if VISIBLE is not None:
-        monkeypatch.setenv('CUDA_VISIBLE_DEVICES', VISIBLE)
+    if visible is not None:
+        monkeypatch.setenv('CUDA_VISIBLE_DEVICES', visible)
     return sid_lsg.choose_device('cuda')
 
 
-@pytest.fixture
-def now(monkeypatch):
-    """The time, a list of one number: it stands still but where a test moves it."""
-    now = [1000.0]
-    monkeypatch.setattr(time, 'time', lambda: now[0])
-    return now
+@pytest.fixture(autouse=True)
+def handlers():
+    """Give back the signal handlers that a run replaces, so that Ctrl-C still stops pytest."""
+    yield
+    for number, handler in HANDLERS.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope='session')
 def teacher(tmp_path_factory):
-    """A checkpoint folder of random weights, a thirtieth of the tiny teacher's size, with settings and prompts beside it."""
+    """Return a checkpoint folder of random weights, of 32 pixels, with settings and prompts."""
     folder = tmp_path_factory.mktemp('teacher')
     torch.manual_seed(0)
     net = unet.UNet((16, 32), context_dim=16, heads=2, layers=1, groups=4, attention=(True, True))
@@ -62,7 +78,8 @@ def teacher(tmp_path_factory):
     vae.save(vae.VAE((8, 8, 16, 16), layers=1, groups=4), folder / 'vae')
     shutil.copytree(ROOT / 'tests' / 'tiny_sd' / 'tokenizer', folder / 'tokenizer')
     words = len(json.loads((folder / 'tokenizer' / 'vocab.json').read_text()))
-    clip_text.save(clip_text.TextEncoder(words, width=16, layers=1, heads=2, hidden=32), folder / 'text_encoder')
+    text = clip_text.TextEncoder(words, width=16, layers=1, heads=2, hidden=32)
+    clip_text.save(text, folder / 'text_encoder')
     (folder / 'prompts.txt').write_text('\n'.join(f'a red star {i}' for i in range(20)) + '\n\n')
     (folder / 'sid_lsg.json').write_text(json.dumps(SETTINGS))
     return folder

@@ -1,15 +1,16 @@
-"""The command line as a user has it: train, then sample, on a teacher of random weights; and what is refused, how."""
+"""The command line as a user has it: train, sample, export, and what is refused."""
 
 import contextlib
 import dataclasses
 import io
 import json
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,641 +18,356 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from torch._dynamo.utils import counters
-from torch.utils._python_dispatch import TorchDispatchMode
 
-import bench
-import clip_text
-import fid
 import sid_lsg
 import unet
-import vae
 from conftest import ROOT, SETTINGS
 
 
-def command(*arguments, cwd):
-    """The program in a process of its own, as a user starts it, with more than one thread."""
-    return subprocess.run([sys.executable, ROOT / 'sid_lsg.py', *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
-                          env={**os.environ, 'OMP_NUM_THREADS': '2'})
-
-
-def call(*arguments, cwd, rank=0, world=1):
-    """The same in this process, which is spared the import of torch; the exit code, what was printed, and the errors."""
+def call(*arguments, cwd='.', rank=0, world=1):
+    """Run main() in this process; return its exit code and what it printed."""
     out, err, code = io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with pytest.MonkeyPatch.context() as patch, \
+            contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.chdir(cwd)
-        patch.setattr(sid_lsg, 'RANK', rank)
-        patch.setattr(sid_lsg, 'WORLD', world)
+        for name, value in dict(RANK=rank, WORLD=world, TORCHRUN=world > 1).items():
+            patch.setattr(sid_lsg, name, value)
         try:
             sid_lsg.main(list(map(str, arguments)))
         except SystemExit as stop:
             code = stop.code
-    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
 
 
-def weights(run):
-    return load_file(Path(run) / 'generator' / 'unet' / 'diffusion_pytorch_model.safetensors')
+def python(script, *arguments, cwd):
+    """Run a script as a user does, in a process of its own."""
+    return subprocess.run([sys.executable, script, *map(str, arguments)], cwd=cwd,
+                          capture_output=True, text=True)
 
 
-def trained(folder, teacher, **changes):
-    """The weights of a short run in this process with some settings changed."""
-    config = sid_lsg.make_config(sid_lsg.TrainConfig, dict(teacher=str(teacher), out=str(folder), **changes))
-    sid_lsg.train(config)
-    return weights(folder)
+def pixels(folder, count):
+    return [np.asarray(Image.open(folder / f'{i:06d}.png')).astype(int) for i in range(count)]
+
+
+def difference(images, others):
+    return np.abs(np.subtract(images, others)).max()
 
 
 @pytest.fixture(scope='session')
-def run(teacher, tmp_path_factory):
-    """A folder in which `train` ran once from the command line, and what it printed."""
+def work(teacher, tmp_path_factory):
+    """Return a folder in which `train` ran once from the command line, and what it printed."""
     folder = tmp_path_factory.mktemp('work')
-    return folder, command('train', '--teacher', teacher, '--log-seconds', 0, cwd=folder)
+    return folder, python(ROOT / 'sid_lsg.py', 'train', '--teacher', teacher, cwd=folder)
 
 
-@pytest.fixture
-def two_threads():
-    """As `run` had: rounding hangs on how work is shared out."""
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(1)
-
-
-def test_train_leaves_a_whole_run_folder(run, teacher):
-    folder, result = run
+def test_train_leaves_a_whole_run_folder(work, teacher):
+    folder, result = work
     assert result.returncode == 0, result.stderr
-    out = folder / 'runs' / '000'
-    assert sorted(p.name for p in out.iterdir()) == [
-        'config.json', 'curves.png', 'generator', 'grid_000000000.png', 'grid_000000016.png', 'grid_000000024.png',
-        'log.jsonl', 'state']
-    # Weights too are open to whom the umask lets: safetensors' own way is 0600.
-    assert len({p.stat().st_mode for p in out.rglob('*') if p.is_file()}) == 1
-    rows = [json.loads(line) for line in (out / 'log.jsonl').read_text().splitlines()]
+    run = folder / 'runs' / '000'
+    assert sorted(os.listdir(run)) == ['config.json', 'generator', 'grid_000000000.png',
+                                       'grid_000000016.png', 'grid_000000024.png', 'log.jsonl',
+                                       'state']
+    # safetensors makes files that only their owner can read, unless one prevents it.
+    assert len({path.stat().st_mode for path in run.rglob('*') if path.is_file()}) == 1
+    rows = [json.loads(line) for line in open(run / 'log.jsonl')]
     assert [row['images'] for row in rows] == [8, 16, 24]
-    assert set(rows[0]) == {'images', 'seconds', 'loss_fake', 'grad_fake', 'loss_G', 'xg_xphi', 'xphi_xpsi', 'grad_G',
-                            'nan_samples', 'bad_grads', 'lost_grads'}
-    assert all(np.isfinite(value) for row in rows for value in row.values())
-    assert 0 < rows[0]['seconds'] < rows[2]['seconds'] < 3600           # since the start, not since 1970
-    settings = json.loads((out / 'config.json').read_text())
-    assert settings['lr'] == SETTINGS['lr'] and settings['kappa'] == [1.5] * 3 and settings['t_init'] == 625
-    assert 'sample --generator runs/000' in result.stdout and '24 images' in result.stdout
-    before = load_file(teacher / 'unet' / 'diffusion_pytorch_model.safetensors')
-    assert all(not torch.equal(w, before[key]) for key, w in weights(out).items() if w.ndim == 4)
-    pixels = [np.asarray(Image.open(out / f'grid_{n:09d}.png')) for n in (0, 16, 24)]
-    assert (pixels[0] != pixels[1]).any() and (pixels[1] != pixels[2]).any()
+    assert set(rows[0]) == {'images', 'seconds', 'loss_fake', 'grad_fake', 'loss_G', 'xg_xphi',
+                            'xphi_xpsi', 'grad_G', 'nan_grads'}
+    settings = json.loads((run / 'config.json').read_text())
+    assert settings['lr'] == SETTINGS['lr'] and settings['kappa'] == [1.5, 1.5, 1.5]
+    assert json.loads((run / 'generator' / 'generator.json').read_text()) == dict(
+        teacher=str(teacher), tokenizer='', t_init=625, size=32, images=24)
+    assert 'sample --generator runs/000' in result.stdout
+    file = 'unet/diffusion_pytorch_model.safetensors'
+    before, after = load_file(teacher / file), load_file(run / 'generator' / file)
+    assert all((w != before[key]).any() for key, w in after.items() if w.ndim == 4)
 
 
-def test_same_seed_same_weights_and_micro_batches_add_up(run, two_threads, teacher, tmp_path):
-    """Accumulation over micro-batches gives the weights of one batch, up to rounding; another seed does not."""
-    once = weights(run[0] / 'runs' / '000')
-    again, parts = trained(tmp_path / 'a', teacher), trained(tmp_path / 'b', teacher, micro_batch=2)
-    other = trained(tmp_path / 'c', teacher, seed=2)
-    for key, w in once.items():
-        assert torch.equal(again[key], w)
-    # Adam divides by the gradient's own size, so rounding shows most where a gradient is almost zero: compare in the mean.
-    def distance(a):
-        return sum((a[key] - w).abs().sum() for key, w in once.items()).item()
-    assert distance(parts) < 0.02 * distance(other) and distance(other) > 0
+@pytest.mark.parametrize('options', ['--kappa 0 0 1', '--size 40 --alpha 1.2'])
+def test_every_guidance_and_size_trains(options, teacher, tmp_path):
+    result = call('train', '--teacher', teacher, '--out', 'run', *options.split(), cwd=tmp_path)
+    assert result.code == 0, result.err
+    rows = [json.loads(line) for line in open(tmp_path / 'run' / 'log.jsonl')]
+    assert all(math.isfinite(row['loss_G']) and row['grad_G'] > 0 for row in rows)
 
 
-# No prompt is dropped where the fake net is not guided, whatever --drop says.
-@pytest.mark.parametrize('kappas, dropped', [((0.5, 2.0, 3.0), 0.5), ((1.0, 1.0, 2.0), 0.0)])
-def test_train_is_the_method_written_out(kappas, dropped, teacher, tmp_path):
-    """Two iterations of train() against the whole method in a second hand: one batch instead of micro-batches, no
-    frozen weights, gradients by autograd.grad, Adam by its formula. Losses, distances, norms and the averaged weights."""
-    (kappa1, kappa2, kappa4), alpha, batch, lr = kappas, 1.2, 4, 1e-3
-    out = tmp_path / 'run'
-    config = sid_lsg.make_config(sid_lsg.TrainConfig, dict(
-        teacher=str(teacher), out=str(out), kappa=[kappa1, kappa2, kappa4], alpha=alpha, batch=batch, micro_batch=2, lr=lr,
-        fake_lr=2 * lr, drop=0.5, kimg=0.008, log_seconds=0.0, ema_rampup=2.0))
-    sid_lsg.train(config)
-    log = [json.loads(line) for line in (out / 'log.jsonl').read_text().splitlines()]
+def test_a_bug_shows_its_traceback(teacher, tmp_path):
+    """A ValueError is a programmer's mistake. A user's is a UserError."""
+    (tmp_path / 'buggy.py').write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import sid_lsg
 
-    phi, psi, G = unet.load(teacher), unet.load(teacher), unet.load(teacher)
-    _, encode, _ = sid_lsg.load_parts(teacher, torch.device('cpu'))
-    prompts = (teacher / 'prompts.txt').read_text().split('\n')[:20]
-    moments = {net: [torch.zeros_like(p) for p in net.parameters()] for net in (psi, G)}
-    average = [0.0] * len(moments[G])
-
-    def guided(net, x_t, t, c, kappa):
-        return (1 - kappa) * net(x_t, t, encode([''] * batch)) + kappa * net(x_t, t, c)
-
-    def picture(z, c):
-        s = torch.full((batch,), 625)
-        return (sid_lsg.SIGMA[625] * z - sid_lsg.SIGMA[625] * G(sid_lsg.SIGMA[625] * z, s, c)) / sid_lsg.ALPHA[625]
-
-    def adam(net, loss, rate, n):
-        gradients = torch.autograd.grad(loss, list(net.parameters()))
-        with torch.no_grad():
-            for p, g, v in zip(net.parameters(), gradients, moments[net]):
-                v.mul_(0.999).addcmul_(g, g, value=0.001)
-                p -= rate * g / ((v / (1 - 0.999 ** n)).sqrt() + 1e-8)
-        return torch.cat([g.flatten() for g in gradients]).norm().item()
-
-    for n in (1, 2):
-        def draw(half, drop):
-            c, z, t, eps = sid_lsg.draw_samples(config, prompts, encode, (4, 4, 4), torch.device('cpu'), n - 1, half,
-                                                torch.arange(batch), drop)
-            return c, z, t, eps, sid_lsg.ALPHA[t][:, None, None, None], sid_lsg.SIGMA[t][:, None, None, None]
-        c, z, t, eps, a, sigma = draw(0, dropped)
-        loss_fake = ((guided(psi, a * picture(z, c).detach() + sigma * eps, t, c, kappa1) - eps) ** 2).sum() / batch
-        expected = dict(loss_fake=loss_fake.item(), grad_fake=adam(psi, loss_fake, 2 * lr, n))
-        c, z, t, eps, a, sigma = draw(1, 0.0)
-        x_g = picture(z, c)
-        x_t = a * x_g + sigma * eps
-        x_psi = (x_t - sigma * guided(psi, x_t, t, c, kappa2)) / a
-        x_phi = (x_t - sigma * guided(phi, x_t, t, c, kappa4)) / a
-        w = (x_g - x_phi).abs().mean((1, 2, 3), keepdim=True).detach()
-        loss_G = ((x_phi - x_psi) * (x_phi - x_g - alpha * (x_phi - x_psi)) / w).sum() / batch
-        expected.update(loss_G=loss_G.item(), xg_xphi=(x_g - x_phi).abs().mean().item(),
-                        xphi_xpsi=(x_phi - x_psi).abs().mean().item(), grad_G=adam(G, loss_G, lr, n))
-        # Each step of Adam turns rounding of tiny gradients into whole steps, so the second iteration agrees less.
-        assert {k: log[n - 1][k] for k in expected} == pytest.approx(expected, rel=1e-4 if n == 1 else 2e-2), n
-        # A half-life of twice the images seen before: none, then one batch.
-        old = 0.0 if n == 1 else 0.5 ** 0.5
-        average = [old * a + (1 - old) * p.detach() for a, p in zip(average, G.parameters())]
-    start, end = load_file(teacher / 'unet' / 'diffusion_pytorch_model.safetensors'), weights(out)
-    moved = sum((end[key] - start[key]).abs().sum() for key in end)
-    apart = sum((end[key] - a).abs().sum() for (key, _), a in zip(G.named_parameters(), average))
-    assert apart < 0.03 * moved
+def generate(G, z, context, *more, **options):
+    batch, height = z.shape
+sid_lsg.generate = generate
+sid_lsg.main()
+""")
+    result = python('buggy.py', 'train', '--teacher', teacher, cwd=tmp_path)
+    assert result.returncode == 1 and 'batch, height = z.shape' in result.stderr
+    assert 'Traceback' in result.stderr and 'ValueError: too many values' in result.stderr
 
 
-@pytest.mark.parametrize('changes', [dict(kappa=[0, 0, 1]), dict(kappa=[1]), dict(kappa=[0.5, 1, 1]), dict(precision='bf16'),
-                                     dict(precision='fp16'), dict(alpha=1.2, size=64)])
-def test_every_strategy_and_precision_trains(changes, teacher, tmp_path):
-    before = load_file(teacher / 'unet' / 'diffusion_pytorch_model.safetensors')
-    after = trained(tmp_path / 'run', teacher, kimg=0.008, **changes)
-    assert all(w.isfinite().all() and w.dtype == torch.float32 for w in after.values())
-    assert not torch.equal(after['conv_in.weight'], before['conv_in.weight'])
-
-
-def test_sample_takes_the_newest_run_and_labels_its_pictures(run):
-    folder, _ = run
+def test_sample_takes_the_newest_run_and_labels_its_images(work):
+    folder, _ = work
     prompt = 'a red star above a blue ring on a black background'
-    result = command('sample', prompt, 'ünï', '--seeds', '0-1,7', '--out', 'pictures', cwd=folder)
-    assert result.returncode == 0, result.stderr
-    names = [f'pictures/{i:06d}.png' for i in range(6)] + ['pictures/grid.png']
-    assert result.stdout.split() == names and result.stderr == ''
+    result = call('sample', prompt, 'ünï', '--seeds', '0-1,7', '--out', 'images', cwd=folder)
+    names = [f'images/{i:06d}.png' for i in range(6)] + ['images/grid.png']
+    assert result.code == 0 and result.out.split() == names and result.err == ''
     first, last = Image.open(folder / names[1]), Image.open(folder / names[5])
-    assert first.size == (32, 32) and first.text['prompt'] == prompt and first.text['seed'] == '1'
-    assert last.text['prompt'] == 'ünï' and last.text['seed'] == '7' and last.text['generator'] == str(folder / 'runs' / '000' / 'generator')
-    assert not list(folder.glob('pictures/*.tmp'))
-    again = call('sample', 'something else', '--out', 'pictures', cwd=folder)
-    assert again.returncode == 2 and 'nothing was overwritten' in again.stderr
+    assert first.size == (32, 32) and first.text == dict(prompt=prompt, seed='1')
+    assert last.text == dict(prompt='ünï', seed='7')
+    assert not list(folder.glob('images/*.tmp'))
+    grid = Image.open(folder / names[6])        # one row per prompt, one column per seed
+    assert grid.size == (3 * 136 + 8, 2 * 188 + 8)
+    assert json.loads((folder / 'images' / 'sample.json').read_text()) == dict(
+        t_init=625, size=32, images=24, steps=1, precision='fp32',
+        jobs=[[text, seed] for text in (prompt, 'ünï') for seed in (0, 1, 7)])
 
 
-def test_sample_goes_on_where_it_was_cut_off_and_shares_work(run, tmp_path):
-    """What is there is not drawn again; two processes, as torchrun starts them, draw the same pictures together."""
-    folder, _ = run
-    prompts = tmp_path / 'prompts.txt'
-    prompts.write_text('\n'.join(f'a red star {i}' for i in range(5)))
-    ask = ['sample', '--prompts', prompts, '--generator', folder / 'runs' / '000', '--batch', 2]
-    assert call(*ask, '--out', 'all', cwd=tmp_path).returncode == 0
-    pixels = [np.asarray(Image.open(tmp_path / 'all' / f'{i:06d}.png')).astype(int) for i in range(5)]
+def test_sample_completes_a_folder_and_shares_it_among_processes(work, teacher, tmp_path):
+    def ask(count, *more, **options):
+        (tmp_path / 'p.txt').write_text('\n'.join(f'a red star {i}' for i in range(count)))
+        return call('sample', '--prompts', 'p.txt', '--generator', work[0] / 'runs' / '000',
+                    '--batch', 2, *more, cwd=tmp_path, **options)
+    assert ask(5, '--out', 'all').code == 0
+    images, kept = pixels(tmp_path / 'all', 5), tmp_path / 'all' / '000002.png'
     (tmp_path / 'all' / '000003.png').unlink()
-    kept = (tmp_path / 'all' / '000002.png').stat().st_mtime_ns
-    result = call(*ask, '--out', 'all', '--steps', 2, cwd=tmp_path)
-    assert result.returncode == 2 and 'with another steps' in result.stderr
-    result = call(*ask, '--out', 'all', cwd=tmp_path)
-    assert result.stdout.split() == ['all/000003.png', 'all/grid.png'] and '4 of 5' in result.stderr
-    assert (tmp_path / 'all' / '000002.png').stat().st_mtime_ns == kept
+    before = kept.stat().st_mtime_ns
+    result = ask(5, '--out', 'all', '--teacher', teacher)       # the one it would take anyway
+    assert result.out.split() == ['all/000003.png', 'all/grid.png']
+    assert '4 of 5 images are there already' in result.err
+    result = ask(6, '--out', 'all')
+    assert result.out.split() == ['all/000005.png', 'all/grid.png']
+    result = ask(2, '--out', 'all')
+    assert result.code == 0 and 'holds 6 images, more than the 2 asked for' in result.err
+    assert kept.stat().st_mtime_ns == before
+    for more, fact in ((['--steps', 2], 'another steps'), (['--seeds', '7'], 'other prompts or'),
+                       (['--precision', 'bf16'], 'another precision')):
+        result = ask(6, '--out', 'all', *more)
+        assert result.code == 2 and fact in result.err
     for rank, own in ((0, [0, 2, 4]), (1, [1, 3])):
-        result = call(*ask, '--out', 'shared', cwd=tmp_path, rank=rank, world=2)
-        paths = [f'shared/{i:06d}.png' for i in own] + ['shared/grid.png'] * rank       # the last one draws the grid
-        assert result.stdout.split() == paths, result.stderr
-    for name in ('all', 'shared'):
-        for i in range(5):
-            assert abs(np.asarray(Image.open(tmp_path / name / f'{i:06d}.png')) - pixels[i]).max() <= 1
-    broken = tmp_path / 'all' / '000001.png'    # a full disk while copying, say
-    broken.write_bytes(broken.read_bytes()[:-200])
-    result = call(*ask, '--out', 'all', cwd=tmp_path)
-    assert result.returncode == 2 and 'all/000001.png' in result.stderr and 'delete it' in result.stderr
+        result = ask(5, '--out', 'shared', rank=rank, world=2)
+        assert result.out.split() == [f'shared/{i:06d}.png' for i in own], result.err
+    assert difference(pixels(tmp_path / 'all', 5), images) == 0
+    assert ask(5, world=2).code == 2            # without --out, each would make a folder
 
 
-def test_sample_says_how_far_it_is(run, now, tmp_path, monkeypatch):
-    draw = sid_lsg.draw_pictures
-
-    def slow(*arguments):
-        now[0] += 4
-        return draw(*arguments)
-    monkeypatch.setattr(sid_lsg, 'draw_pictures', slow)
-    result = call('sample', 'a red star 1', '--seeds', '0-7', '--batch', 2, '--out', tmp_path, cwd=run[0])
-    assert result.stderr == '4 of 8 pictures, 0.5 a second, 0:00:08 left\n', result.stderr
-
-
-def test_sample_keeps_apart_what_other_settings_drew(run, teacher, tmp_path):
-    """One name for two generators, from two places; another folder of words. And what cannot be written is told."""
-    folder, _ = run
-    ask = ['sample', 'a red star', '--out', tmp_path / 'out', '--generator', 'runs/000']
-    assert call(*ask, cwd=folder).returncode == 0
-    shutil.copytree(folder / 'runs', tmp_path / 'runs')
-    shutil.copytree(teacher / 'tokenizer', tmp_path / 'words')
-    for more, cwd, fact in (([], tmp_path, 'generator'), (['--tokenizer', tmp_path / 'words'], folder, 'tokenizer')):
-        result = call(*ask, *more, cwd=cwd)
-        assert result.returncode == 2 and f'with another {fact};' in result.stderr, result.stderr
-    (tmp_path / 'out' / 'grid.png').unlink()
-    (tmp_path / 'out' / 'grid.png').mkdir()
-    result = call(*ask, cwd=folder)
-    assert result.returncode == 2 and 'grid.png' in result.stderr and 'Traceback' not in result.stderr
-    assert sorted(os.listdir(tmp_path / 'out')) == ['000000.png', 'grid.png']
+def test_an_image_depends_on_its_prompt_and_seed_alone(work, tmp_path):
+    """Not on its neighbours or the batch, including later noise. Half precision is close."""
+    def images(name, count, *arguments):
+        result = call('sample', *arguments, '--steps', 2, '--generator', work[0] / 'runs' / '000',
+                      '--out', tmp_path / name)
+        assert result.code == 0, result.err
+        return np.stack(pixels(tmp_path / name, count))
+    two = 'a red star 1', 'a blue ring', '--seeds', '3-5'
+    together, single = images('a', 6, *two), images('b', 6, *two, '--batch', 1)
+    alone = images('c', 1, 'a blue ring', '--seeds', '4')
+    assert difference(alone[0], together[4]) <= 1 and difference(single, together) <= 1
+    assert difference(together[3], together[4]) > 1
+    for precision in ('bf16', 'fp16'):
+        half = images(precision, 6, *two, '--precision', precision)
+        assert 0 < abs(half - together).mean() < 0.02 * together.std()
 
 
-def test_a_picture_depends_on_its_prompt_and_seed_alone(run):
-    """Not on its neighbours, nor (up to the rounding of one level) on the batch size; multi-step noise included."""
-    folder, _ = run
-
-    def pixels(name, *arguments):
-        result = call('sample', *arguments, '--steps', 2, '--out', name, cwd=folder)
-        assert result.returncode == 0, result.stderr
-        return [np.asarray(Image.open(p)).astype(int) for p in sorted(folder.glob(f'{name}/0*.png'))]
-    together = pixels('p1', 'a red star 1', 'a blue ring', '--seeds', '3-5')
-    alone = pixels('p2', 'a blue ring', '--seeds', '4')
-    single = pixels('p3', 'a red star 1', 'a blue ring', '--seeds', '3-5', '--batch', 1)
-    assert abs(alone[0] - together[4]).max() <= 1
-    assert max(abs(a - b).max() for a, b in zip(together, single)) <= 1
-    assert abs(together[3] - together[4]).max() > 1
+def test_sample_can_use_the_teacher(teacher, tmp_path):
+    ask = ['sample', 'x', '--teacher', teacher, '--teacher-steps', 3, '--out', tmp_path / 'images']
+    assert call(*ask).code == 0
+    saved = json.loads((tmp_path / 'images' / 'sample.json').read_text())
+    assert saved == dict(teacher_steps=3, kappa=1.5, precision='fp32', jobs=[['x', 0]])
+    assert 'another kappa' in call(*ask, '--kappa', 2).err
 
 
-def test_sample_draws_with_the_teacher_and_from_a_file(run, teacher):
-    folder, _ = run
-    (folder / 'some.txt').write_text('a red star 1\n\na blue ring\n')
-    result = call('sample', '--prompts', 'some.txt', '--teacher', teacher, '--teacher-steps', 3, '--kappa', 2, '--out', 'drawn',
-                  cwd=folder)
-    assert result.returncode == 0, result.stderr
-    text = Image.open(folder / 'drawn' / '000001.png').text
-    assert text['prompt'] == 'a blue ring' and text['seed'] == '1' and text['kappa'] == '2.0' and text['teacher_steps'] == '3'
-    assert 't_init' not in text                 # that is the generator's
-    config = sid_lsg.SampleConfig(texts=('x',), teacher=str(teacher), teacher_steps=2, out=str(folder / 'as_told'))
-    sid_lsg.open_sample(config)
-    assert config.kappa == 1.5                  # as --help says
+def test_generators_are_found_and_exported(work, teacher, tmp_path):
+    """By a run, its folders, an exported folder, and an exported file with its metadata."""
+    run = work[0] / 'runs' / '000'
+    for path in (run, run / 'generator', run / 'generator' / 'unet'):
+        root, info = sid_lsg.find_generator(path)
+        assert root == run / 'generator'
+        assert info == dict(teacher=str(teacher), tokenizer='', t_init=625, size=32, images=24)
+    result = call('export', run, tmp_path / 'student')
+    assert result.code == 0 and result.out.strip() == str(tmp_path / 'student')
+    assert not list(tmp_path.glob('*.tmp'))
+    root, info = sid_lsg.find_generator(tmp_path / 'student')
+    assert info['teacher'] == str(root) == str(tmp_path / 'student') and info['t_init'] == 625
+    for name, path in (('a', run), ('b', tmp_path / 'student')):
+        assert call('sample', 'a red star', '--generator', path, '--out', tmp_path / name).code == 0
+    assert difference(pixels(tmp_path / 'a', 1), pixels(tmp_path / 'b', 1)) == 0
+
+    file = tmp_path / 'student.safetensors'
+    unet.write_tensors(dict(w=torch.zeros(1)), file, t_init=450, size=512, images=7)
+    root, info = sid_lsg.find_generator(file)
+    assert root == file
+    assert info == dict(teacher=str(file), tokenizer='', t_init=450, size=512, images=7)
 
 
-@pytest.mark.parametrize('precision', ['bf16', 'fp16'])
-def test_sample_draws_the_same_in_half_precision(precision, run, tmp_path):
-    for name in ('fp32', precision):
-        sid_lsg.main(['sample', 'a red star 1', '--seeds', '0-3', '--precision', name, '--generator',
-                      str(run[0] / 'runs' / '000'), '--out', str(tmp_path / name)])
-    whole, half = (np.stack([np.asarray(Image.open(tmp_path / name / f'{i:06d}.png')).astype(int) for i in range(4)])
-                   for name in ('fp32', precision))
-    able = sid_lsg.arithmetic(precision, torch.device('cpu')) != 'fp32'
-    assert Image.open(tmp_path / precision / '000000.png').text['precision'] == (precision if able else 'fp32')
-    assert (abs(whole - half).max() > 0) == able and abs(whole - half).mean() < 0.02 * whole.std()
+def test_a_long_prompt_is_cut_with_a_warning(work, tmp_path):
+    result = call('sample', 'a red star ' * 25 + 'and the end', 'a red star', '--out', tmp_path,
+                  cwd=work[0])
+    assert result.code == 0 and '1 prompts are longer than 77 tokens' in result.err
+    assert 'the first loses "' in result.err and result.err.endswith('and the end"\n')
 
 
-def test_a_cpu_computes_in_what_it_can(monkeypatch):
-    def able(**abilities):
-        monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: dict(avx512_f=True, **abilities), raising=False)
-        return [sid_lsg.arithmetic(precision, torch.device('cpu')) for precision in sid_lsg.DTYPES]
-    assert able(avx512_bf16=False) == ['fp32'] * 3
-    assert able(avx512_bf16=True) == ['fp32', 'bf16', 'fp32']
-    assert sid_lsg.arithmetic('fp16', torch.device('cuda')) == 'fp16'
+def test_seeds_are_numbers_and_ranges():
+    assert sid_lsg.parse_seeds('0-2, 42,7-7') == [0, 1, 2, 42, 7]
 
 
-def test_big_weights_stay_as_their_file_has_them_and_compute_as_if_converted():
-    tiny = sid_lsg.TINY_TEACHER         # of fp16
-    x, context = (torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)) for shape in ((4, 8, 8), (77, 96)))
-    for dtype in (torch.float32, torch.bfloat16):
-        exact = unet.load(tiny, dtype).to(memory_format=torch.channels_last)
-        net = sid_lsg.place(unet.load(tiny, None), torch.device('cpu'), dtype)
-        with torch.no_grad():
-            for _ in range(2):
-                assert torch.equal(net(x, torch.tensor(500), context), exact(x, torch.tensor(500), context))
-        kept = {(type(layer).__name__, layer.weight.numel() > 2 ** 16) for layer in net.modules()
-                if getattr(layer, 'weight', None) is not None and layer.weight.dtype == torch.float16}
-        assert kept == ({('Conv2d', True), ('Linear', True)} if dtype == torch.float32 else set())
+def test_pixels_are_quantised_as_in_the_official_code():
+    """x 127.5 + 128, clipped and cut: -0.75 becomes 32, where (x + 1) 127.5 would give 31."""
+    x = torch.tensor([-2.0, -1.0, -0.75, 0.0, 1.0, 3.0]).reshape(1, 1, 1, 6).expand(1, 3, 1, 6)
+    assert sid_lsg.to_uint8(x)[0, 0, :, 0].tolist() == [0, 0, 32, 128, 255, 255]
 
 
-def compile_with(backend, monkeypatch):
-    """Module.compile with a backend that needs no C++ compiler; what it is to compile is traced and guarded all the same."""
-    real = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, 'compile', lambda net, mode=None, **more: real(net, backend=backend, **more))
+def test_a_grid_shows_every_image_in_its_place_above_its_label():
+    images = np.random.default_rng(0).integers(0, 255, (5, 32, 32, 3), dtype=np.uint8)
+    grid = np.asarray(sid_lsg.make_grid(list(images), ['a red ring', '', 'x', 'x', 'y'], 3))
+    assert grid.shape == (2 * 188 + 8, 3 * 136 + 8, 3)      # images are enlarged to 128 pixels
+    ink = []
+    for i, image in enumerate(images):
+        y, x = 8 + i // 3 * 188, 8 + i % 3 * 136
+        assert np.array_equal(grid[y:y + 128:4, x:x + 128:4], image)
+        ink.append((grid[y + 128:y + 180, x:x + 128] < 128).sum())
+    assert ink[0] > ink[2] == ink[3] > ink[1] == 0 and ink[4] > 0
 
 
-def test_compiled_nets_train_and_draw_as_others_do(run, two_threads, teacher, tmp_path, monkeypatch):
-    """Also the last pictures, whose batch is filled up to the compiled shape. The whole UNet is one graph, and training
-    needs four: G without gradients, G and fake with their weights', the frozen two with their input's. After eight torch gives up
-    without a word."""
-    folder, _ = run
-    compile_with('eager', monkeypatch)
-    torch.compiler.reset()
-    counters.clear()
-    compiled, plain = trained(tmp_path / 'compiled', teacher, compile=True), weights(folder / 'runs' / '000')
-    assert not counters['graph_break'] and counters['stats']['unique_graphs'] == 4
-    assert all(torch.allclose(compiled[key], plain[key], rtol=1e-4, atol=1e-5) for key in plain)
-    counters.clear()
-    pictures = []
-    for *more, graphs in ([0], ['--compile', 2], ['--compile', '--batch', '1', 5]):     # the text encoder, too, for single ones
-        out = tmp_path / f'pictures{graphs}'
-        sid_lsg.main(['sample', 'a red star 1', '--seeds', '0-4', '--batch', '4', '--generator', str(folder / 'runs' / '000'),
-                      '--out', str(out), *more])
-        assert counters['stats']['unique_graphs'] == graphs
-        pictures.append([np.asarray(Image.open(out / f'{i:06d}.png')).astype(int) for i in range(5)])
-    assert abs(np.subtract(pictures, pictures[:1])).max() <= 1 and abs(pictures[0][4] - pictures[0][3]).max() > 1
+TRAIN = ['train', '--teacher', 'TEACHER']
+DDIM = ['sample', 'x', '--teacher', 'TEACHER', '--teacher-steps', '2']
+REFUSALS = [
+    (['train', '--teacher', 'nowhere'], 'found nothing at nowhere'),
+    ([*TRAIN, '--prompts', 'none.txt'], 'none.txt'),
+    ([*TRAIN, '--prompts', 'empty.txt'], 'empty.txt has no prompts'),
+    ([*TRAIN, '--prompts', 'used/config.json'], 'holds JSON'),
+    ([*TRAIN, '--out', 'used'], 'used already holds a run'),
+    ([*TRAIN, '--size', '36'], 'multiple of 8 pixels, found 36'),
+    ([*TRAIN, '--kappa', '1', '2'], 'one number or three, found 2'),
+    ([*TRAIN, '--alpha', 'nan'], '--alpha must be finite'),
+    ([*TRAIN, '--kimg', '0'], 'must be above 0'),
+    ([*TRAIN, '--batch', '8', '--micro-batch', '3'], '--batch 8 must be a multiple'),
+    ([*TRAIN, '--batch', '0'], '--batch 0'),
+    ([*TRAIN, '--device', 'abacus'], '--device abacus'),
+    ([*TRAIN, '--device', 'xpu'], '--device xpu'),
+    ([*TRAIN, '--ema-device', 'abacus'], 'abacus'),
+    ([*TRAIN, '--t-init', '1000'], '--t-init 1000'),
+    ([*TRAIN, '--t-min', '500', '--t-max', '500'], '--t-min 500'),
+    ([*TRAIN, '--drop', '1.5'], '--drop'),
+    ([*TRAIN, '--seed', '-1'], 'must not be negative'),
+    ([*TRAIN, '--fid-num', '1'], '--fid-num'),
+    ([*TRAIN, '--fid-stats', 'empty.txt'], 'empty.txt'),
+    (['train', '--teacher', 'unknown'], 'learning_rate, which is no setting'),
+    (['train', '--teacher', 'text'], "lr '1e-4', which must be of type float"),
+    (['train', '--teacher', 'words'], '--kappa must be finite, found a, b, c'),
+    (['train', '--teacher', 'fp8'], "precision 'fp8', which must be one of fp32, bf16, fp16"),
+    (['train', '--resume', 'used', '--lr', '1'], '--lr cannot change when used is resumed'),
+    (['sample', 'x'], 'runs/ holds no generator yet'),
+    (['sample', 'x', '--generator', 'used'], 'used holds no generator.json'),
+    (['sample', 'x', '--generator', 'late'], '0 to 999, found 5000'),
+    (['sample', '--teacher', 'TEACHER', '--teacher-steps', '2'], 'needs a prompt'),
+    ([*DDIM, '--seeds', '1-'], 'found 1-'),
+    ([*DDIM, '--seeds', '0-99999999999'], '--seeds'),
+    ([*DDIM, '--batch', '0'], '--batch must be above 0'),
+    ([*DDIM, '--kappa', 'nan'], '--kappa must be finite'),
+    ([*DDIM, '--generator', 'late'], 'without --generator'),
+    ([*DDIM, '--out', 'empty.txt'], 'empty.txt is a file'),
+    ([*DDIM, '--out', 'images'], 'images holds images but no sample.json'),
+    (['export', 'late', 'used'], 'used exists already')]
 
 
-def test_a_failing_compiler_gets_a_sentence(run, tmp_path, monkeypatch, capsys):
-    def fails(graph, inputs):
-        raise OSError('no C++ compiler')
-    compile_with(fails, monkeypatch)
-    with pytest.raises(SystemExit) as stop:
-        sid_lsg.main(['sample', 'a red star', '--compile', '--generator', str(run[0] / 'runs' / '000'), '--out', str(tmp_path / 'p')])
-    assert stop.value.code == 2 and 'give --no-compile' in capsys.readouterr().err
-
-
-def test_the_benchmark_runs(tmp_path):
-    """On small nets; it asserts by itself that both sides train the same. The README's test runs the row of the UNet."""
-    result = subprocess.run([sys.executable, ROOT / 'tests' / 'bench.py', '--small', '--repeat', '1', '--batch', '4',
-                             '--micro-batch', '2', '--pictures', '2', '--work', tmp_path, 'iteration', 'tricks', 'sampling'],
-                            capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count('(bar') == 2 and 'off by' in result.stdout
-    assert result.stdout.count(' else ') == 2 + len(bench.precisions(torch.device('cpu')))
-
-
-def test_the_benchmark_names_mistakes(tmp_path, monkeypatch, capsys):
-    (tmp_path / 'file').touch()
-    for wrong, fact in ((['no-row'], 'no-row'), (['--repeat', '0'], '--repeat'), (['--batch', '4'], '4 and 8'),
-                        (['--device', 'banana'], '--device banana'), (['--work', str(tmp_path / 'file')], 'file')):
-        with pytest.raises(SystemExit, match='2'):
-            bench.main(['--small', '--work', str(tmp_path), *wrong])
-        assert fact in capsys.readouterr().err
-    monkeypatch.setattr(bench.importlib.util, 'find_spec', lambda name: None)
-    with pytest.raises(SystemExit, match='2'):
-        bench.main(['--small', '--work', str(tmp_path)])
-    assert 'pip install -r tests/requirements.txt' in capsys.readouterr().err and os.listdir(tmp_path) == ['file']
-
-
-def test_memory_is_counted_as_the_readme_explains_it(teacher):
-    """bf16, average on the CPU: teacher in bf16, G and fake, their second moments and one net's gradients in fp32."""
-    count = {part.__name__: sum(w.numel() for w in part.load(teacher).parameters()) for part in (unet, vae, clip_text)}
-    state, peak = bench.predicted_peak(teacher, 'bf16', 'cpu')
-    assert state == count['unet'] * (2 + 8 + 8 + 4) + 4 * (count['vae'] + count['clip_text'])
-    assert state < peak
-
-
-def test_peaks_are_counted_as_they_are():
-    with bench.Storages() as storages:
-        a = torch.zeros(1000)
-        b = a.view(10, 100)                     # no memory of its own
-        c = a + 1
-        del a, b
-        d = c.double()
-        del c
-    assert (storages.live, storages.peak) == (8000, 12000) and d.nbytes == 8000
-
-
-def test_a_long_prompt_is_cut_with_a_warning(run):
-    folder, _ = run
-    result = call('sample', 'a red star ' * 25 + 'and the end', '星' * 39 + '月', 'İ' * 30, '--out', 'long', cwd=folder)
-    assert result.returncode == 0 and 'cut: "' in result.stderr
-    assert 'and the end"' in result.stderr and '星月"' in result.stderr     # few characters, three bytes each
-    assert 'İİİİİ"' in result.stderr        # 60 bytes, and 90 in lower case
-    result = call('sample', *['a red star ' * 30] * 5, '--out', 'five', cwd=folder)
-    assert result.stderr.count('cut: "') == 3 and '2 more prompts' in result.stderr
-    result = call('sample', 'a red star ' * 5000, '--out', 'longer', cwd=folder)
-    assert result.returncode == 0 and 'cut: "' in result.stderr and len(result.stderr) < 1000
-
-
-def test_text_files_of_any_editor_are_read(tmp_path):
-    for name, text in {'prompts.txt': 'a red star\r\n\r\n  ein grüner Ring\r\n', 'sid_lsg.json': '{"lr": 1}\r\n'}.items():
-        (tmp_path / name).write_bytes(text.encode('utf-8-sig'))
-    assert fid.read_lines(tmp_path / 'prompts.txt', '--prompts') == ['a red star', 'ein grüner Ring']
-    assert unet.read_json(tmp_path / 'sid_lsg.json') == {'lr': 1}
-
-
-REFUSALS = {
-    'no such teacher': (['train', '--teacher', 'nowhere'], 'nowhere'),
-    'no such prompt file': (['train', '--teacher', 'TEACHER', '--prompts', 'none.txt'], 'none.txt'),
-    'empty prompt file': (['train', '--teacher', 'TEACHER', '--prompts', 'empty.txt'], 'found none'),
-    'run folder in use': (['train', '--teacher', 'TEACHER', '--out', 'used'], 'nothing was overwritten'),
-    'resolution': (['train', '--teacher', 'TEACHER', '--size', '40'], 'multiple of 16'),
-    'kappa with two numbers': (['train', '--teacher', 'TEACHER', '--kappa', '1', '2'], 'one number, or three'),
-    'batch and micro-batch': (['train', '--teacher', 'TEACHER', '--batch', '8', '--micro-batch', '3'], 'multiple of --micro-batch'),
-    'device': (['train', '--teacher', 'TEACHER', '--device', 'abacus'], 'abacus'),
-    'device of another torch': (['train', '--teacher', 'TEACHER', '--device', 'xpu'], '--device xpu'),
-    'device of the average': (['train', '--teacher', 'TEACHER', '--ema-device', 'abacus'], '--ema-device abacus'),
-    'precision': (['train', '--teacher', 'TEACHER', '--precision', 'fp8'], 'fp8'),
-    'tokenizer too large': (['train', '--teacher', 'TEACHER', '--tokenizer', 'many'], 'found one with 600; give --tokenizer'),
-    'tokenizer too small': (['train', '--teacher', 'TEACHER', '--tokenizer', 'few'], 'found one with 1; give --tokenizer'),
-    'statistics of another net': (['train', '--teacher', 'TEACHER', '--fid-stats', 'other.npz'], 'found 3 features, preset clean'),
-    'steps out of range': (['train', '--teacher', 'TEACHER', '--t-init', '1000'], '--t-init 1000'),
-    'negative seed': (['train', '--teacher', 'TEACHER', '--seed', '-1'], '--seed to be a whole number, 0 or more, got -1'),
-    'endless length': (['train', '--teacher', 'TEACHER', '--kimg', 'inf'], '--kimg to be a finite number'),
-    'kappa not a number': (['train', '--teacher', 'TEACHER', '--kappa', '1', '1', 'nan'], '--kappa to be a finite number, got'),
-    'unknown setting beside the teacher': (['train', '--teacher', 'odd'], 'learning_rate'),
-    'text beside the teacher': (['train', '--teacher', 'text'], '--lr to be a finite number, 0 or more, got 1e-4'),
-    'several for one beside the teacher': (['train', '--teacher', 'several'], '--lr to be a finite number, 0 or more, got [1, 2]'),
-    'half a batch beside the teacher': (['train', '--teacher', 'half'], '--batch to be a whole number'),
-    'precision beside the teacher': (['train', '--teacher', 'fp8'], '--precision to be one of fp32, bf16, fp16, got fp8'),
-    'switch beside the teacher': (['train', '--teacher', 'switch'], '--checkpoint to be true or false, got 1'),
-    'run of no name': (['train', '--teacher', 'TEACHER', '--resume', ''], 'expected a run folder at --resume'),
-    'cut-off weights': (['train', '--teacher', 'cut'], 'cut'),
-    'no generator yet': (['sample', 'a red star'], 'train'),
-    'no such generator': (['sample', 'x', '--generator', 'nowhere'], 'checkpoint at nowhere'),
-    'generator of a run just begun': (['sample', 'x', '--generator', 'begun'], 'found none yet'),
-    'conversion of a run just begun': (['convert', 'begun', 'student'], 'found none yet'),
-    'generator of no such step': (['sample', 'x', '--generator', 'late'], 't_init of 0 to 999'),
-    'a file for a folder': (['sample', 'x', '--teacher', 'TEACHER', '--teacher-steps', '2', '--out', 'empty.txt'], 'a file at empty.txt'),
-    'no prompt': (['sample', '--teacher', 'TEACHER', '--teacher-steps', '2'], 'expected a prompt'),
-    'seeds': (['sample', 'x', '--teacher', 'TEACHER', '--teacher-steps', '2', '--seeds', '1-'], '1-'),
-    'seeds backwards': (['sample', 'x', '--teacher', 'TEACHER', '--teacher-steps', '2', '--seeds', '7-0'], 'from low to high'),
-    'seeds without end': (['sample', 'x', '--teacher', 'TEACHER', '--teacher-steps', '2', '--seeds', '0-99999999999'], 'a million at most'),
-    'kappa of no number': (['sample', 'x', '--teacher', 'TEACHER', '--teacher-steps', '2', '--kappa', 'nan'], 'finite number for --kappa'),
-    'text encoder of another UNet': (['sample', 'x', '--generator', 'TEACHER', '--teacher', 'wide'], 'expected text states of 16'),
-    'prompt not UTF-8': (['sample', 'a red \udcff', '--teacher', 'TEACHER', '--teacher-steps', '2'], 'UTF-8'),
-    'convert in the way': (['convert', 'TEACHER', 'new'], 'killed; remove it, then do this again'),
-    'convert in the way of removal': (['convert', 'TEACHER', 'wide', '--overwrite'], 'remove it once wide is whole'),
-    'seed too large': (['sample', 'x', '--teacher', 'TEACHER', '--teacher-steps', '2', '--seeds', str(2 ** 64)], 'below 2^64'),
-    'kappa without a teacher': (['sample', 'x', '--kappa', '2'], '--teacher-steps'),
-}
-
-
-@pytest.fixture(scope='session')
-def mess(teacher, tmp_path_factory):
-    """A working folder with everything in it that a refusal needs."""
+@pytest.fixture(scope='module')
+def mess(tmp_path_factory):
+    """A folder with everything in it that a refusal needs."""
     folder = tmp_path_factory.mktemp('mess')
-    (folder / 'empty.txt').write_text('\n  \n')
-    (folder / 'used').mkdir()
-    (folder / 'used' / 'config.json').write_text('{}')
-    for name, file, text in (('begun', 'config.json', '{"kimg": 1}'), ('late', 'generator.json', '{"t_init": 5000}')):
-        (folder / name).mkdir()
-        (folder / name / file).write_text(text)
-    for name, settings in dict(odd='{"learning_rate": 1}', text='{"lr": "1e-4"}', several='{"lr": [1, 2]}', half='{"batch": 8.5}',
-                               fp8='{"precision": "fp8"}', switch='{"checkpoint": 1}').items():
-        (folder / name).mkdir()
-        (folder / name / 'sid_lsg.json').write_text(settings)
-    words = json.loads((teacher / 'tokenizer' / 'vocab.json').read_text())
-    for name, vocab in dict(many=list(words)[:-2] + ['one more', *list(words)[-2:]], few=list(words)[-2:]).items():
-        clip_text.save_tokenizer(clip_text.Tokenizer({word: i for i, word in enumerate(vocab)}, []), folder / name)
-    fid.save_stats(folder / 'other.npz', np.zeros(3), np.eye(3), 9, 'clean', '')
-    shutil.copytree(teacher, folder / 'wide')
-    shutil.rmtree(folder / 'wide' / 'text_encoder')
-    clip_text.save(clip_text.TextEncoder(len(words), width=24, layers=1, heads=2, hidden=32), folder / 'wide' / 'text_encoder')
-    (folder / 'new.tmp').mkdir()
-    (folder / 'wide.old').mkdir()
-    shutil.copytree(teacher, folder / 'cut')
-    file = folder / 'cut' / 'unet' / 'diffusion_pytorch_model.safetensors'
-    file.write_bytes(file.read_bytes()[:-1000])
+    for name, text in {
+            'empty.txt': '\n  \n', 'used/config.json': '{"lr": 0.5}', 'images/000000.png': '',
+            'late/generator.json': '{"t_init": 5000}', 'text/sid_lsg.json': '{"lr": "1e-4"}',
+            'unknown/sid_lsg.json': '{"learning_rate": 1}', 'fp8/sid_lsg.json':
+            '{"precision": "fp8"}', 'words/sid_lsg.json': '{"kappa": ["a", "b", "c"]}'}.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
     return folder
 
 
-@pytest.mark.parametrize('name', REFUSALS)
-def test_refusals(name, mess, teacher, monkeypatch, capsys):
-    """One sentence on stderr with the fact in it, exit code 2, no traceback, nothing made."""
-    arguments, fact = REFUSALS[name]
-    monkeypatch.chdir(mess)
-    before = sorted(mess.rglob('*'))
-    with pytest.raises(SystemExit) as stop:
-        sid_lsg.main([str(teacher) if a == 'TEACHER' else a for a in arguments])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and fact in error and 'Traceback' not in error
-    assert sorted(mess.rglob('*')) == before
+@pytest.mark.parametrize('arguments, fact', REFUSALS, ids=[f'{a[-2]}_{a[-1]}' for a, _ in REFUSALS])
+def test_a_mistake_is_refused_before_a_weight_is_read(arguments, fact, mess, teacher, monkeypatch):
+    """One sentence with the fact in it, exit code 2, and nothing written."""
+    monkeypatch.setattr(unet, 'read_tensors', lambda file: pytest.fail(f'{file} was read'))
+    before, began = sorted(mess.rglob('*')), time.process_time()
+    result = call(*(str(teacher) if a == 'TEACHER' else a for a in arguments), cwd=mess)
+    assert result.code == 2 and fact in result.err, result.err
+    assert 'usage' in result.err or result.err.startswith('sid_lsg: ')
+    assert 'usage' in result.err or result.err.count('\n') == 1
+    assert time.process_time() - began < 2 and sorted(mess.rglob('*')) == before
 
 
-def test_settings_at_their_limits_are_no_mistake():
-    low = sid_lsg.TrainConfig(kappa=(1.5,) * 3, batch=1, micro_batch=1, t_min=0, t_max=1, t_init=0, drop=0.0, kimg=1e-9, fid_num=2)
-    high = dataclasses.replace(low, batch=8, t_min=999, t_max=1000, t_init=999, drop=1.0, progress_samples=17)
-    for config in (low, high):
-        sid_lsg.check_kinds(config)
-        sid_lsg.check_numbers(config)
-
-
-@pytest.mark.parametrize('error, code, said', [
-    (KeyboardInterrupt, 130, 'interrupted'),
-    (torch.OutOfMemoryError, 2, 'the device is out of memory; try --precision bf16')])      # there is one picture only
-def test_what_stops_sampling_is_no_traceback(error, code, said, run, tmp_path, monkeypatch, capsys):
-    def stopped(*arguments):
+@pytest.mark.parametrize('error, code, sentence', [
+    (KeyboardInterrupt, 130, 'interrupted'), (OSError('no space left'), 2, 'no space left'),
+    (torch.OutOfMemoryError, 2, 'out of memory; use --precision bf16')])
+def test_what_is_no_bug_is_one_sentence(error, code, sentence, monkeypatch):
+    def fails(config):
         raise error
-    monkeypatch.setattr(sid_lsg, 'draw_pictures', stopped)
-    with pytest.raises(SystemExit) as stop:
-        sid_lsg.main(['sample', 'x', '--generator', str(run[0] / 'runs' / '000'), '--out', str(tmp_path / 'out')])
-    assert stop.value.code == code and capsys.readouterr().err == f'sid_lsg: {said}\n'
+    monkeypatch.setitem(sid_lsg.COMMANDS, 'sample', (fails, *sid_lsg.COMMANDS['sample'][1:]))
+    result = call('sample', 'x')
+    assert result.code == code and result.err.startswith(f'sid_lsg: {sentence}')
+    assert result.err.count('\n') == 1
 
 
-def test_cuda_without_one_is_refused(teacher, monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
-    with pytest.raises(SystemExit) as stop:
-        sid_lsg.main(['train', '--teacher', str(teacher), '--device', 'cuda'])
-    assert stop.value.code == 2 and '0 CUDA devices' in capsys.readouterr().err
+def test_settings_are_few_and_each_is_used():
+    source = (ROOT / 'sid_lsg.py').read_text()
+    for config, most in ((sid_lsg.TrainConfig, 32), (sid_lsg.SampleConfig, 12)):
+        names = [f.name for f in dataclasses.fields(config)]
+        assert len(names) <= most
+        assert all(re.search(rf'\b(config|c)\.{name}\b', source) for name in names)
 
 
-@pytest.mark.parametrize('command, groups', [('train', 6), ('sample', 3), ('convert', 0)])
-def test_help_is_grouped_and_says_every_default(command, groups, capsys):
-    with pytest.raises(SystemExit) as stop:
-        sid_lsg.main([command, '--help'])
-    said = capsys.readouterr().out
-    assert stop.value.code == 0 and sum(line.startswith(('what', 'the ', 'measures')) for line in said.splitlines()) == groups
-    # What has no default is a switch, or names what is to be written, read or gone on with.
-    without = {part.split()[0].rstrip(',') for part in re.split(r'\n  (?=--)', said)[1:] if '(default' not in part}
-    assert without <= {'--resume', '--fid-stats', '--checkpoint', '--compile', '--prompts', '--overwrite'}
-
-
-def test_the_default_settings_are_the_papers():
+def test_the_defaults_are_the_papers():
     c = sid_lsg.TrainConfig()
-    assert (c.kimg, c.lr, c.fake_lr, c.batch, c.alpha, c.t_init, c.t_min, c.t_max, c.ema_kimg, c.ema_rampup,
-            c.kappa) == (8806.0, 1e-6, 1e-6, 512, 1.0, 625, 20, 980, 50.0, 0.05, (1.5,))
+    assert (c.kimg, c.lr, c.fake_lr, c.batch, c.alpha, c.t_init, c.t_min, c.t_max, c.ema_kimg,
+            c.ema_rampup, c.kappa) == (8806, 1e-6, 1e-6, 512, 1, 625, 20, 980, 50, 0.05, 3 * (1.5,))
 
 
-class Copies(TorchDispatchMode):
-    """Lists the shapes of all tensors that are copied to another device."""
+def test_workers_of_xdist_know_the_gpu_that_is_hidden_from_programs(tmp_path):
+    """A GPU that is there if CUDA_VISIBLE_DEVICES is 7 stands in for a real one."""
+    shutil.copy(ROOT / 'tests' / 'conftest.py', tmp_path)
+    (tmp_path / 'stand_in.py').write_text("""
+import os, torch
+torch.cuda.is_available = lambda: os.environ.get('CUDA_VISIBLE_DEVICES') == '7'
+import sid_lsg
+sid_lsg.choose_device = torch.device
+""")
+    (tmp_path / 'test_gpu.py').write_text("""
+import os, torch
 
-    def __init__(self):
-        super().__init__()
-        self.shapes = []
-
-    def __torch_dispatch__(self, function, types, arguments=(), more=None):
-        result = function(*arguments, **(more or {}))
-        if function is torch.ops.aten._to_copy.default and arguments[0].device != result.device:
-            self.shapes.append(tuple(result.shape))
-        return result
-
-
-def test_an_iteration_asks_nothing_of_the_device(teacher, tmp_path, monkeypatch):
-    """Noise, text and steps go to it, and nothing else; nothing comes back, for which the host would wait. Meta stands
-    in for a GPU: no number can be read from it, and an attempt is an error."""
-    copies = Copies()
-
-    class OnMeta(sid_lsg.Run):
-        def __init__(self, config):
-            super().__init__(config)
-            encode, self.device = self.encode, torch.device('meta')
-            self.encode = lambda texts: encode(texts).to('meta')
-            self.null = self.null.to('meta')
-            for net in (self.teacher, self.G, self.ema, self.fake):
-                net.to('meta')
-            self.optimizers = {name: sid_lsg.Adam(net.parameters(), 1e-3, 1e-8)
-                               for name, net in (('G', self.G), ('fake', self.fake))}
-
-        def end_iteration(self, iteration):
-            self.log.end((iteration + 1) * 8, False)
-            if iteration == 0:                  # in which the schedule is copied, once for good
-                copies.__enter__()
-            else:
-                copies.__exit__(None, None, None)
-            return iteration == 1
-
-        def close(self):
-            pass
-    monkeypatch.setattr(sid_lsg, 'Run', OnMeta)
-    monkeypatch.setattr(sid_lsg, 'autocast', lambda *_: contextlib.nullcontext())      # there is none on meta
-    sid_lsg.train(sid_lsg.make_config(sid_lsg.TrainConfig, dict(
-        teacher=str(teacher), out=str(tmp_path / 'run'), micro_batch=4, log_seconds=1e9)))
-    # z and eps, text states, t; in 2 halves of 2 micro-batches
-    assert copies.shapes == 4 * [(2, 4, 4, 4, 4), (4, 77, 16), (4,)]
+def test_given_back(cuda):
+    assert os.environ['CUDA_VISIBLE_DEVICES'] == '7' and torch.cuda.is_available()
+    assert cuda == torch.device('cuda')
+""")
+    env = {**os.environ, 'CUDA_VISIBLE_DEVICES': '7', 'PYTHONPATH': f'{tmp_path}:{ROOT}'}
+    result = subprocess.run(
+        [sys.executable, '-m', 'pytest', '-q', '-n', '1', '-p', 'stand_in', '-p',
+         'no:cacheprovider', 'test_gpu.py'], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert '1 passed' in result.stdout and 'skipped' not in result.stdout, result.stdout
 
 
-@pytest.mark.parametrize('precision, off', [('fp32', 1e-3), ('bf16', 0.05)])
-def test_no_iteration_waits_for_cuda(precision, off, cuda, teacher, tmp_path, monkeypatch):
-    """From the second iteration on, whatever makes the host wait is an error; the log's lines, between them, may. And the
-    first iteration's losses are those of the CPU in fp32."""
-    class Watched(sid_lsg.Run):
-        def end_iteration(self, iteration):
-            torch.cuda.set_sync_debug_mode('default')
-            done = super().end_iteration(iteration)
-            torch.cuda.set_sync_debug_mode('default' if iteration == self.iterations - 1 else 'error')
-            return done
+def test_cuda_agrees_with_the_cpu_and_no_iteration_waits_for_it(cuda, teacher, tmp_path,
+                                                                monkeypatch):
+    """From the second iteration on, making the host wait is an error. The log may wait."""
+    end_iteration, rows = sid_lsg.Run.end_iteration, {}
 
-    def rows(device, precision):
-        sid_lsg.main(['train', '--teacher', str(teacher), '--out', str(tmp_path / device), '--device', device, '--precision', precision,
-                      '--micro-batch', '4'])
-        return [json.loads(line) for line in (tmp_path / device / 'log.jsonl').read_text().splitlines()]
-    expected = rows('cpu', 'fp32')[0]
-    monkeypatch.setattr(sid_lsg, 'Run', Watched)
-    try:
-        found = rows('cuda', precision)
-    finally:
+    def watched(run, iteration):
         torch.cuda.set_sync_debug_mode('default')
-    assert len(found) == 3
-    for name in 'loss_fake', 'grad_fake', 'xg_xphi':
-        assert found[0][name] == pytest.approx(expected[name], rel=off), name
-
-
-def test_cuda_draws_what_the_cpu_draws(cuda, run, tmp_path):
-    for device in 'cpu', 'cuda':
-        result = call('sample', 'a red star 1', '--seeds', '0-2', '--batch', 2, '--steps', 2, '--generator', run[0] / 'runs' / '000',
-                      '--device', device, '--out', device, cwd=tmp_path)
-        assert result.returncode == 0, result.stderr
-    ours, theirs = ([np.asarray(Image.open(tmp_path / device / f'{i:06d}.png')).astype(int) for i in range(3)]
-                    for device in ('cuda', 'cpu'))
-    assert abs(np.subtract(ours, theirs)).max() <= 1
-
-
-def test_a_process_more_than_gpus_is_refused(monkeypatch):
-    """By torchrun's number of it; CUDA's own message for such a one is 'invalid device ordinal'."""
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
-    for rank, fits in (('1', True), ('2', False)):
-        monkeypatch.setenv('LOCAL_RANK', rank)
-        with contextlib.nullcontext() if fits else pytest.raises(ValueError, match='cuda:2 .* sees 2'):
-            assert sid_lsg.choose_device('').index == int(rank)
-
-
-def test_cuda_agrees_with_the_cpu(cuda, teacher):
-    """fp32 on the GPU, TF32 off, within 1e-4 of the CPU's largest value: noise prediction and decoded picture."""
-    g = torch.Generator().manual_seed(0)
-    x, t, context = torch.randn(3, 4, 8, 8, generator=g), torch.tensor([0, 500, 999]), torch.randn(3, 77, 16, generator=g)
-    net, decoder = unet.load(teacher), vae.load(teacher)
-    with torch.no_grad():
-        eps, image = net(x, t, context), decoder.decode(x)
-        eps_gpu = net.to(cuda)(x.to(cuda), t.to(cuda), context.to(cuda)).cpu()
-        image_gpu = decoder.to(cuda).decode(x.to(cuda)).cpu()
-    assert (eps - eps_gpu).abs().max() < 1e-4 * eps.abs().max()
-    assert (image - image_gpu).abs().max() < 1e-4 * image.abs().max()
+        stop = end_iteration(run, iteration)
+        going_on = run.device.type == 'cuda' and iteration < run.iterations - 1
+        torch.cuda.set_sync_debug_mode('error' if going_on else 'default')
+        return stop
+    monkeypatch.setattr(sid_lsg.Run, 'end_iteration', watched)
+    for name, *more in (('cpu',), ('cuda',), ('cuda_bf16', '--precision', 'bf16')):
+        device, run = name.split('_')[0], tmp_path / name
+        result = call('train', '--teacher', teacher, '--out', run, '--device', device,
+                      '--micro-batch', 4, *more)
+        assert result.code == 0, result.err
+        rows[name] = [json.loads(line) for line in open(run / 'log.jsonl')]
+        assert call('sample', 'a red star 1', '--seeds', '0-2', '--steps', 2, '--generator',
+                    tmp_path / 'cpu', '--device', device, '--out', tmp_path / name / 'x').code == 0
+        assert difference(pixels(tmp_path / 'cpu' / 'x', 3), pixels(run / 'x', 3)) <= 1
+    for name in ('loss_fake', 'grad_fake', 'xg_xphi'):
+        assert rows['cuda'][0][name] == pytest.approx(rows['cpu'][0][name], rel=1e-3), name
+        assert rows['cuda_bf16'][0][name] == pytest.approx(rows['cpu'][0][name], rel=0.05), name
