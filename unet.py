@@ -443,7 +443,7 @@ def fill(net, tensors, names, file, dtype, prefix=''):
         weights[name] = w = w.to(dtype)
         low, high = torch.aminmax(w)           # NaN if there is one; faster than isfinite() in fp16
         check(math.isfinite(low) and math.isfinite(high),
-              f'{file} has NaN or infinity in {name}; download it again')
+              f'{file} has NaN or infinity in {name} (as {dtype}); download it again, or use fp32')
     state = {key: weights[name] for key, name in names.items()}
     net.load_state_dict(state, strict=True, assign=True)
     return net.eval()
