@@ -1,4 +1,4 @@
-"""Tests of the tokenizer against transformers' CLIPTokenizer on the same files, and of prompt files.
+"""Tests of the tokenizer against transformers' CLIPTokenizer, and of files of prompts.
 
 The real vocabulary of 49,408 tokens is too big for a repository, so a small one of the same format
 is learned here from a few sentences. What is compared is everything around it: normalisation, word
@@ -111,9 +111,9 @@ CAPTIONS = [
 
 PIECES = [
     # Scripts. NFC makes composed and decomposed accents the same; some marks compose with nothing.
-    'cat', 'Window', 'UMBRELLA', 'café', 'cafe\u0301', 'MAN\u0303ANA', 'Ångström', 'A\u030a', '\u212b',
-    '\u0301', 'x\u0301\u0327', 'naïve', 'GROßER', 'Straße', 'İstanbul', 'ſ', 'ﬁn', 'ｆｕｌｌ', 'Сегодня',
-    'ГАТА', 'и\u0306', 'ΟΔΟΣ', 'γάτα', '猫', '一只猫坐在窗台上', 'ひらがな', 'か\u3099', '한국어',
+    'cat', 'Window', 'UMBRELLA', 'café', 'cafe\u0301', 'MAN\u0303ANA', 'Ångström', 'A\u030a',
+    '\u212b', '\u0301', 'x\u0301\u0327', 'naïve', 'GROßER', 'Straße', 'İstanbul', 'ſ', 'ﬁn', 'ｆｕｌｌ',
+    'Сегодня', 'ГАТА', 'и\u0306', 'ΟΔΟΣ', 'γάτα', '猫', '一只猫坐在窗台上', 'ひらがな', 'か\u3099', '한국어',
     '\u1112\u1161\u11ab', 'हिन्दी', 'مرحبا', 'ไทย', '\U00020000',
     # Contractions, straight and curly, in both cases, and after something that is no letter.
     "should've", "it's", "I'LL", "DON'T", "we'd", "I'm", "'S", "'re", "''s", "!'m", 'it’s',
@@ -123,14 +123,14 @@ PIECES = [
     # Emoji with skin tone, joiners and flags.
     '👍', '👍🏽', '👨\u200d👩\u200d👧', '🇫🇷', '🐱🐱',
     # Punctuation; markup and entities, which are not interpreted.
-    '!!!', '?!', '...', '--', '_', '(', ')', '$5.99', '#tag', '@user', 'a/b', '<b>', '</w>', 'x</w>',
-    '&amp;', '&quot;', '&#39;',
+    '!!!', '?!', '...', '--', '_', '(', ')', '$5.99', '#tag', '@user', 'a/b', '<b>', '</w>',
+    'x</w>', '&amp;', '&quot;', '&#39;',
     # The two special tokens spelled out, whole and in part.
     '<|ENDOFTEXT|>?! ', "<|StartOfText|>'S",
     '<|endoftext|>', '<|startoftext|>', '<|', '|>', 'endoftext', '<|endoftext', 'startoftext|>',
     # Spaces of every kind, and invisible characters that are none.
-    ' ', '   ', '\n', '\t', '\r\n', '\u00a0', '\u3000', '\u2028', '\x1c', '\x85', '\u200b', '\ufeff',
-    '\u00ad', '\x00', '\ufffd',
+    ' ', '   ', '\n', '\t', '\r\n', '\u00a0', '\u3000', '\u2028', '\x1c', '\x85', '\u200b',
+    '\ufeff', '\u00ad', '\x00', '\ufffd',
 ]
 
 
