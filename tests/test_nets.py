@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import nn
@@ -181,36 +180,17 @@ PARTS = [pytest.param(unet, unet.UNet, small_unet, 'unet', id='unet'),
 
 @pytest.mark.parametrize('module, full, small, name', PARTS)
 @torch.no_grad()
-def test_a_network_can_be_saved_and_computed_in_half_precision(module, full, small, name, tmp_path):
-    """fp16 rounds each weight once; bf16 computes as exactly as its 8 bits allow, and no more."""
+def test_a_network_computes_in_the_dtype_it_is_loaded_in(module, full, small, name, tmp_path):
+    """bf16 computes as exactly as its 8 bits allow, and no more."""
     net = randomise(small(), 7)
-    module.save(net, tmp_path, torch.float16)
-    stored = load_file(next(tmp_path.glob('*.safetensors')))
-    assert {w.dtype for w in stored.values()} == {torch.float16}
-    loaded = module.load(tmp_path)
-    for key, w in loaded.state_dict().items():
-        assert w.dtype == torch.float32 and torch.equal(w, net.state_dict()[key].half().float())
+    module.save(net, tmp_path)
+    half = module.load(tmp_path, torch.bfloat16)
     x, context = noise(2, 4, 8, 8, seed=3), noise(2, 77, 48, seed=4)
     inputs = {'unet': (x, torch.tensor([20, 900]), context), 'vae': (x,),
               'text': (torch.arange(77)[None],)}[name]
-    half = module.load(tmp_path, torch.bfloat16)
-    found, expected = (n.decode(*inputs) if name == 'vae' else n(*inputs) for n in (half, loaded))
+    found, expected = (n.decode(*inputs) if name == 'vae' else n(*inputs) for n in (half, net))
     error = (found.float() - expected).abs().max() / expected.abs().max()
     assert found.dtype == torch.bfloat16 and 1e-4 < error < 0.05
-
-
-def test_a_new_network_can_be_trained():
-    """As make_tiny_sd.py does: embeddings start apart, and every weight takes part."""
-    torch.manual_seed(0)
-    text, net, autoencoder = small_text(), small_unet(), small_vae()
-    assert all((p.std(0) > 0.1).all() for p in text.text_model.embeddings.parameters())
-    context = text(torch.tensor([[598, *range(75), 599]]))
-    latents = autoencoder.encode(noise(1, 3, 16, 16, seed=60))
-    noise_hat = net(torch.cat([latents] * 4, 3), torch.tensor([500]), context)
-    autoencoder.decode(noise_hat).square().mean().backward()
-    for part in (text, net, autoencoder):
-        for name, p in part.named_parameters():
-            assert p.grad is not None and p.grad.abs().sum() > 0, name
 
 
 # -------------------------------------------------------------------------------------------------
@@ -253,6 +233,10 @@ def settings(module):
     if isinstance(module, nn.GroupNorm):
         return (f'GroupNorm groups={module.num_groups} ch={module.num_channels} '
                 f'eps={module.eps:g}')
+    if type(module).__name__ == 'Attention':
+        heads = getattr(module, 'heads', 1)                 # the VAE always has one
+        width = getattr(module, 'to_q', getattr(module, 'q_proj', None)).out_features
+        return f'Attention heads={heads} head_dim={width // heads}'
     if isinstance(module, nn.LayerNorm):
         return f'LayerNorm dim={module.normalized_shape[0]} eps={module.eps:g}'
     if isinstance(module, nn.Linear):
@@ -268,41 +252,15 @@ def settings(module):
 
 @pytest.mark.parametrize('module, full, small, name', PARTS)
 def test_settings_are_the_published_ones(module, full, small, name):
-    """Compare every eps, group count, kernel, stride, padding and bias, in both directions.
+    """Compare every eps, group count, kernel, stride, padding, bias and number of heads.
 
     A wrong one gives images that look right and are not. The one-sided padding of the VAE is no
     setting of a module; the comparison of outputs covers it."""
-    kinds = ('GroupNorm ', 'LayerNorm ', 'Conv2d ', 'Linear ', 'Embedding ')
-    expected = {key: text for key, text in table(f'modules_{name}.tsv') if text.startswith(kinds)}
-    assert len(expected) == {'unet': 391, 'vae': 124, 'text': 99}[name]
+    kinds = ('Attention ', 'GroupNorm ', 'LayerNorm ', 'Conv2d ', 'Linear ', 'Embedding ')
+    rows = [(key, text.removeprefix('CLIP').split(' scale=')[0])
+            for key, text in table(f'modules_{name}.tsv')]
+    expected = {key: text for key, text in rows if text.startswith(kinds)}
+    assert len(expected) == {'unet': 423, 'vae': 126, 'text': 111}[name]
     with torch.device('meta'):
         found = {key: settings(part) for key, part in full().named_modules() if settings(part)}
-    assert found == expected
-
-
-@pytest.mark.parametrize('module, full, small, name', PARTS)
-def test_attention_heads_are_the_published_ones(module, full, small, name, monkeypatch):
-    """Number and width of the heads that each attention uses: 8 in the UNet, 1 in the VAE."""
-    rows = [(key, text.split()) for key, text in table(f'modules_{name}.tsv')]
-    expected = {key: words[1:3] for key, words in rows
-                if words[0] in ('Attention', 'CLIPAttention')}
-    assert len(expected) == {'unet': 32, 'vae': 2, 'text': 12}[name]
-    with torch.device('meta'):
-        net = full()
-        inputs = {'unet': [torch.zeros(1, 4, 8, 8), torch.tensor(0), torch.zeros(1, 77, 768)],
-                  'vae': [torch.zeros(1, 3, 16, 16)],
-                  'text': [torch.zeros(1, 77, dtype=torch.int64)]}[name]
-    found, running = {}, []
-    for key, part in net.named_modules():
-        if type(part).__name__ == 'Attention':
-            part.register_forward_pre_hook(lambda part, args, key=key: running.append(key))
-
-    def attention(q, k, v, is_causal=False, **scale):
-        assert not scale                # torch's own 1 / sqrt(head_dim) is right in all three
-        assert is_causal == (name == 'text')
-        found[running[-1]] = [f'heads={q.shape[1]}', f'head_dim={q.shape[3]}']
-        return q                        # has the output's shape, which is all that matters here
-
-    monkeypatch.setattr(F, 'scaled_dot_product_attention', attention)
-    net.decode(net.encode(*inputs)) if name == 'vae' else net(*inputs)
     assert found == expected

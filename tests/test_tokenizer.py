@@ -1,15 +1,15 @@
 """Tests of the tokenizer against transformers' CLIPTokenizer, and of files of prompts.
 
-The real vocabulary of 49,408 tokens is too big for a repository, so a small one of the same format
-is learned here from a few sentences. What is compared is everything around it: normalisation, word
-splitting, bytes, merges, added tokens, cutting, padding.
+The real vocabulary of 49,408 tokens is too big for a repository, so both have the tiny teacher's 600
+tokens. What is compared is everything around it: normalisation, word splitting, bytes, merges,
+added tokens, cutting, padding.
 """
 
 import json
 import random
 import re
 import shutil
-from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,77 +18,16 @@ from transformers import AddedToken, CLIPTokenizer
 import clip_text
 from unet import UserError
 
-TEXT = """
-    a man riding a wave on top of a surfboard . a plate of food with broccoli on a white table
-    two dogs playing with a frisbee in the green grass while people are watching from the street
-    a woman holding an umbrella standing next to the red bus that is parked on the side of the road
-    a cat sitting on the window sill looking at birds outside ; it's raining , they're sleeping
-    the end of the text starts here , should've could've i'll you'll don't can't that's
-    !! ... ?! 1 2 0 9
-    le café est très bon à noël , l'été déjà passé . el niño comió una piña mañana
-    über die straße fährt ein großer bär . сегодня хорошая погода , собака бежит по улице
-    η γάτα κοιμάται στο παράθυρο . 一只猫坐在窗台上 猫が窓辺に座っています 👍 🐱 🐱 👍 🏽
-    “a quoted word” it’s a dog’s life – “quoted” … & ; &amp; &quot; < | > / </w>
-"""
+FOLDER = Path(__file__).parent / 'tiny_sd' / 'tokenizer'
 
-
-def byte_characters():
-    """Return CLIP's characters for the 256 bytes, in the order of its bytes_to_unicode()."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    return {**{b: chr(b) for b in printable}, **{b: chr(256 + i) for i, b in enumerate(others)}}
-
-
-def learn(text, count):
-    """Return the vocabulary and `count` merges of byte-pair encoding on the words of `text`."""
-    characters = byte_characters()
-    words = Counter()
-    for word in re.findall(r'\w+|[^\w\s]+', text):
-        *first, last = [characters[b] for b in word.encode()]
-        words[(*first, last + '</w>')] += 1
-    merges = []
-    for _ in range(count):
-        pairs = Counter()
-        for word, n in words.items():
-            for pair in zip(word, word[1:]):
-                pairs[pair] += n
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
-        merges.append(best)
-        merged = Counter()
-        for word, n in words.items():
-            parts, i = [], 0
-            while i < len(word):
-                step = 2 if word[i:i + 2] == best else 1
-                parts.append(''.join(word[i:i + step]))
-                i += step
-            merged[tuple(parts)] += n
-        words = merged
-    tokens = [*characters.values(), *(c + '</w>' for c in characters.values()),
-              *(a + b for a, b in merges), '<|startoftext|>', '<|endoftext|>']
-    assert len(set(tokens)) == len(tokens)
-    return {token: i for i, token in enumerate(tokens)}, merges
+@pytest.fixture(scope='module')
+def ours():
+    return clip_text.load_tokenizer(FOLDER.parent)
 
 
 @pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-    """A tokenizer folder with the learned vocabulary, as SD 1.5 has it."""
-    path = tmp_path_factory.mktemp('checkpoint') / 'tokenizer'
-    path.mkdir()
-    vocab, merges = learn(TEXT, 250)                # about 390 would make every word one token
-    (path / 'vocab.json').write_text(json.dumps(vocab, ensure_ascii=False), encoding='utf-8')
-    lines = ['#version: 0.2', *(' '.join(pair) for pair in merges)]
-    (path / 'merges.txt').write_text('\n'.join(lines) + '\n', encoding='utf-8')
-    return path
-
-
-@pytest.fixture(scope='module')
-def ours(folder):
-    return clip_text.load_tokenizer(folder.parent)
-
-
-@pytest.fixture(scope='module')
-def theirs(folder):
-    return CLIPTokenizer.from_pretrained(folder)
+def theirs():
+    return CLIPTokenizer.from_pretrained(FOLDER)
 
 
 def assert_same(ours, theirs, texts):
@@ -100,11 +39,8 @@ def assert_same(ours, theirs, texts):
 
 CAPTIONS = [
     'A man riding a wave on top of a surfboard.',
-    'Two dogs playing with a frisbee in the grass, while people are watching.',
     'A plate of food with broccoli, meat & potatoes on a white table ',
-    'A woman holding an umbrella standing next to a red double-decker bus.',
     "A cat's paw on the window sill; it's raining outside and they're sleeping",
-    'a large purple cross on a navy background',
     'An orange ring left of a blue star on a gray background',
     'A clock tower at 10:45, with "Big Ben" written below it (in London).',
 ]
@@ -134,14 +70,10 @@ PIECES = [
 ]
 
 
-def test_captions(ours, theirs):
-    assert_same(ours, theirs, CAPTIONS + [text.strip() for text in TEXT.split('\n')])
-
-
-def test_nasty_strings(ours, theirs):
+def test_captions_and_nasty_strings(ours, theirs):
     """Each piece alone, between two words and joined to them; and the empty prompt."""
-    assert_same(ours, theirs, ['', *PIECES, *(f'a {p} dog' for p in PIECES),
-                               *(f'a{p}dog' for p in PIECES)])
+    assert_same(ours, theirs, ['', *CAPTIONS, *PIECES, *(f'a {p} star' for p in PIECES),
+                               *(f'red{p}ring' for p in PIECES)])
 
 
 def test_pieces_in_random_order(ours, theirs):
@@ -186,12 +118,12 @@ def test_cut_is_what_does_not_fit(ours):
 # -------------------------------------------------------------------------------------------------
 # Files of tokenizers
 
-def with_added_tokens(source, target, layout):
-    """Add tokens to the tokenizer in a folder, as textual inversion does, and save it to another.
+def with_added_tokens(target, layout):
+    """Write a tokenizer folder with added tokens, as textual inversion does; return the tokens.
 
     layout: 'tokenizer.json', which transformers 5 writes, 'tokenizer_config.json', which
-    transformers 4 wrote, or 'added_tokens.json', which it wrote before 4.34. Return the tokens."""
-    tokenizer = CLIPTokenizer.from_pretrained(source)
+    transformers 4 wrote, or 'added_tokens.json', which it wrote before 4.34."""
+    tokenizer = CLIPTokenizer.from_pretrained(FOLDER)
     tokens = ['<cat-toy>', '<Big  Cat>']
     if layout != 'added_tokens.json':           # which has no settings of tokens
         tokens += [AddedToken('wow', single_word=True), AddedToken('<S>', special=True)]
@@ -200,7 +132,7 @@ def with_added_tokens(source, target, layout):
     added = json.loads((target / 'tokenizer.json').read_text(encoding='utf-8'))['added_tokens']
     if layout != 'tokenizer.json':
         shutil.rmtree(target)
-        shutil.copytree(source, target)
+        shutil.copytree(FOLDER, target)
     if layout == 'tokenizer_config.json':       # with the start and end tokens, as it was
         content = {'added_tokens_decoder': {token.pop('id'): token for token in added}}
         (target / layout).write_text(json.dumps(content), encoding='utf-8')
@@ -210,13 +142,10 @@ def with_added_tokens(source, target, layout):
     return [str(token) for token in tokens]
 
 
-LAYOUTS = ['tokenizer.json', 'tokenizer_config.json', 'added_tokens.json']
-
-
-@pytest.mark.parametrize('layout', LAYOUTS)
-def test_added_tokens(folder, tmp_path, layout):
+@pytest.mark.parametrize('layout', ['tokenizer.json', 'tokenizer_config.json', 'added_tokens.json'])
+def test_added_tokens(tmp_path, layout):
     """Their ids follow the vocabulary, and prompts use them as in transformers."""
-    count = len(with_added_tokens(folder, tmp_path / 'tokenizer', layout))
+    count = len(with_added_tokens(tmp_path / 'tokenizer', layout))
     ours = clip_text.load_tokenizer(tmp_path)
     assert ours.size == len(ours.vocab) + count == ours.end + 1 + count
     assert ours(['a <cat-toy>.'])[0, 2] == ours.end + 1
@@ -226,12 +155,11 @@ def test_added_tokens(folder, tmp_path, layout):
         '<cat-toy', '1 '.join(['<cat-toy>'] * 60), *CAPTIONS, *PIECES, ''.join(PIECES)])
 
 
-def test_the_files_of_transformers_5_give_the_same_ids(folder, theirs, ours, tmp_path):
+def test_the_files_of_transformers_5_give_the_same_ids(theirs, ours, tmp_path):
     theirs.save_pretrained(tmp_path)
     assert not (tmp_path / 'merges.txt').exists()
     found = clip_text.load_tokenizer(tmp_path)
     assert torch.equal(found(CAPTIONS + PIECES), ours(CAPTIONS + PIECES)) and not found.added
-    assert torch.equal(clip_text.load_tokenizer(folder)(CAPTIONS), ours(CAPTIONS))
 
 
 def spoil(file, old, new):
@@ -241,22 +169,20 @@ def spoil(file, old, new):
 
 
 @pytest.mark.parametrize('layout, damage, word', [
-    ('vocab.json', lambda f: (f / 'vocab.json').unlink(), 'merges.txt'),
-    ('vocab.json', lambda f: (f / 'merges.txt').unlink(), 'found vocab.json'),
-    ('vocab.json', lambda f: (f / 'merges.txt').write_bytes(b'caf\xe9'), 'UnicodeDecodeError'),
-    ('vocab.json', lambda f: spoil(f / 'vocab.json', ',', ''), 'vocab.json is not JSON'),
-    ('vocab.json', lambda f: spoil(f / 'vocab.json', '<|end', '<|END'), 'endoftext'),
-    ('vocab.json', lambda f: spoil(f / 'merges.txt', 't h', 't Z9'), 'Token'),
+    ('', lambda f: (f / 'vocab.json').unlink(), 'merges.txt'),
+    ('', lambda f: (f / 'merges.txt').write_bytes(b'caf\xe9'), 'UnicodeDecodeError'),
+    ('', lambda f: spoil(f / 'vocab.json', ',', ''), 'vocab.json is not JSON'),
+    ('', lambda f: spoil(f / 'vocab.json', '<|end', '<|END'), 'endoftext'),
+    ('', lambda f: spoil(f / 'merges.txt', 'r o', 'r Z9'), 'Token'),
     ('tokenizer.json', lambda f: spoil(f / 'tokenizer.json', '"merges"', '"scores"'), 'merges'),
-    ('tokenizer.json', lambda f: spoil(f / 'tokenizer.json', '"added_tokens"', '"x"'), 'added'),
-    ('added_tokens.json', lambda f: (f / 'added_tokens.json').write_text('{"<a>": 9999}'), '9999')])
-def test_a_folder_without_a_whole_tokenizer_is_refused(folder, tmp_path, layout, damage, word):
-    target = shutil.copytree(folder, tmp_path / 'model')
-    if layout != 'vocab.json':
-        with_added_tokens(folder, target, layout)
-    damage(target)
+    ('added_tokens.json', lambda f: spoil(f / 'added_tokens.json', '600', '9999'), '9999')])
+def test_a_folder_without_a_whole_tokenizer_is_refused(tmp_path, layout, damage, word):
+    folder = shutil.copytree(FOLDER, tmp_path / 'model')
+    if layout:
+        with_added_tokens(folder, layout)
+    damage(folder)
     with pytest.raises(UserError, match=f'(?s)model .*{re.escape(word)}'):
-        clip_text.load_tokenizer(target)
+        clip_text.load_tokenizer(folder)
 
 
 # -------------------------------------------------------------------------------------------------
