@@ -1,8 +1,8 @@
 """Tests of the tokenizer against transformers' CLIPTokenizer, and of files of prompts.
 
-The real vocabulary of 49,408 tokens is too big for a repository, so both have the tiny teacher's 600
-tokens. What is compared is everything around it: normalisation, word splitting, bytes, merges,
-added tokens, cutting, padding.
+The real vocabulary of 49,408 tokens is too big for a repository, so both have the 600 tokens of the
+tiny teacher. What is compared is everything around them: normalisation, word splitting, bytes,
+merges, added tokens, cutting, padding.
 """
 
 import json
