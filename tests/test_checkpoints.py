@@ -25,11 +25,10 @@ import clip_text
 import sid_lsg
 import unet
 import vae
-from test_nets import TEXT, WIDTHS, assert_close, assert_same_unet, nets, randomise   # noqa: F401
+from test_nets import TEXT, WIDTHS, assert_close, assert_same_unet, nets, randomise, table  # noqa
 from unet import PREFIX, STEM, UserError
 
-HERE = Path(__file__).parent
-TOKENIZER = HERE / 'tiny_sd' / 'tokenizer'                  # with a vocabulary of 600
+TOKENIZER = Path(__file__).parent / 'tiny_sd' / 'tokenizer'         # with a vocabulary of 600
 MODULES = {'unet': unet, 'vae': vae, 'text_encoder': clip_text}
 POSITIONS = 'text_model.embeddings.position_ids'
 
@@ -111,7 +110,7 @@ def variant(folder, weights):
 
 
 # The tensors of a single file: name, shape, dtype, group, part, name in diffusers.
-TABLE = [line.split('\t') for line in (HERE / 'keys' / 'ldm_sd15.tsv').read_text().splitlines()[1:]]
+TABLE = table('ldm_sd15.tsv')
 
 
 def original(weights):
@@ -183,10 +182,9 @@ def assert_same_tensors(tensors, expected, half=False):
         assert tensors[name].dtype == w.dtype and torch.equal(tensors[name], w), name
 
 
-def into_cache(folder, cache, repo, *revisions):
+def into_cache(folder, cache, repo, revision='1'):
     """Copy a folder to where the Hugging Face libraries would put a repo id."""
-    for revision in revisions:
-        shutil.copytree(folder, cache / f'models--{repo}' / 'snapshots' / revision)
+    shutil.copytree(folder, cache / f'models--{repo}' / 'snapshots' / revision)
 
 
 @pytest.mark.parametrize('variable, below', [('HF_HUB_CACHE', ''), ('HF_HOME', 'hub')])
@@ -195,7 +193,7 @@ def test_a_repo_id_is_found_in_the_cache(variable, below, teacher, tmp_path, mon
     monkeypatch.setenv(variable, str(tmp_path))
     with pytest.raises(UserError, match='a/b, and no such repo id in the cache .*give a folder'):
         unet.load('a/b')
-    into_cache(teacher, tmp_path / below, 'a--b', '1')
+    into_cache(teacher, tmp_path / below, 'a--b')
     assert unet.load('a/b').sizes['channels'] == [16, 32]
     into_cache(teacher, tmp_path / below, 'a--b', '2')
     with pytest.raises(UserError, match='a--b holds 2 revisions .*give the folder of one'):
@@ -210,7 +208,7 @@ def test_the_tokenizer_of_a_single_file_comes_from_the_cache(tmp_path, monkeypat
     with pytest.raises(UserError, match='model-v1.safetensors .*no tokenizer; give --tokenizer'):
         clip_text.load_tokenizer(tmp_path / 'model-v1.safetensors')
     monkeypatch.setenv('HF_HUB_CACHE', str(tmp_path))
-    into_cache(TOKENIZER, tmp_path, 'openai--clip-vit-large-patch14', '1')
+    into_cache(TOKENIZER, tmp_path, 'openai--clip-vit-large-patch14')
     found = clip_text.load_tokenizer(tmp_path / 'model-v1.safetensors')
     assert found.vocab == clip_text.load_tokenizer(TOKENIZER).vocab
 
@@ -228,23 +226,22 @@ def edit(file, **changes):
     *((part, key) for part, module in MODULES.items() for key in module.FIXED),
     *(('scheduler', key) for key in unet.SCHEDULE)])
 def test_no_value_that_changes_the_arithmetic_is_ignored(part, key, teacher, tmp_path):
-    module, table, file = MODULES.get(part, unet), unet.SCHEDULE, tmp_path / part / 'config.json'
+    module, fixed, file = MODULES.get(part, unet), unet.SCHEDULE, tmp_path / part / 'config.json'
     if part == 'scheduler':
         file = tmp_path / part / 'scheduler_config.json'
         file.parent.mkdir()
-        file.write_text(json.dumps(table))
+        file.write_text(json.dumps(fixed))
         shutil.copytree(teacher / 'unet', tmp_path / 'unet')
         module.load(tmp_path)
     else:
         shutil.copytree(teacher / part, tmp_path / part)
-        table = module.FIXED
-    needed = table[key]
+        fixed = module.FIXED
+    needed = fixed[key]
     found = {bool: not needed, str: 'other', type(None): 2}.get(type(needed), 7)
     edit(file, **{key: [found] * 4 if key.endswith('block_types') else found})
-    with pytest.raises(UserError) as error:
-        module.load(tmp_path)
     words = f'{part}/.* says {key} {json.dumps(found)}, but SD 1.5 needs {json.dumps(needed)};'
-    assert re.search(words, str(error.value)), error.value
+    with pytest.raises(UserError, match=words):
+        module.load(tmp_path)
 
 
 @pytest.mark.parametrize('reference, module, sizes, harmless', [
@@ -255,8 +252,7 @@ def test_no_value_that_changes_the_arithmetic_is_ignored(part, key, teacher, tmp
      'upcast_attention addition_embed_type_num_heads addition_time_embed_dim '
      'projection_class_embeddings_input_dim'),
     (AutoencoderKL, vae, 'block_out_channels layers_per_block norm_num_groups scaling_factor',
-     # The VAE takes images of every size.
-     'sample_size force_upcast'),
+     'sample_size force_upcast'),           # the VAE takes images of every size
     (CLIPTextConfig, clip_text, ' '.join(clip_text.SIZES.values()),
      # Book-keeping, training, and the pooled output.
      'transformers_version architectures output_hidden_states return_dict dtype id2label label2id '
@@ -330,8 +326,6 @@ BIAS, NORM, NAN = 'conv_in.bias', 'text_model.final_layer_norm.bias', torch.full
 
 REFUSED = [                                                 # part, damage, words of the message
     ('unet', tensors_of('unet', **{BIAS: ...}), r'lacks 1, first conv_in.bias \(16,\)'),
-    ('vae', tensors_of('vae', **{'quant_conv.bias': ...}), r'lacks 1, first quant_conv.bias'),
-    ('text_encoder', tensors_of('text_encoder', **{NORM: ...}), f'lacks 1, first {NORM}'),
     ('unet', tensors_of('unet', lora=torch.ones(2, 3)), r'has 1 more, first lora \(2, 3\)'),
     ('text_encoder', tensors_of('text_encoder', **{NORM: torch.ones(5)}),
      rf'1 of another shape, first {NORM} \(5,\), not \(16,\)'),
@@ -341,28 +335,22 @@ REFUSED = [                                                 # part, damage, word
     ('unet', tensors_of('unet', **{BIAS: 1 / torch.zeros(16)}), 'NaN or infinity in conv_in.bias'),
     ('unet', tensors_of('unet', **{BIAS: torch.ones(16, dtype=torch.int8)}), 'conv_in.bias.*int8'),
     ('unet', bytes_of(UNET_FILE, b'version https://git-lfs'), "begins with b'version https://git"),
-    ('vae', bytes_of(VAE_FILE, b'<!DOCTYPE html><title>Log in'), 'begins with b.<!DOCTYPE html>'),
     *(('unet', bytes_of(UNET_FILE, keep), 'not a whole .safetensors') for keep in (0, 5, 999, -1)),
     ('unet', renamed('unet/config.json', 'config'), 'must hold config.json .* found config, diff'),
     ('vae', renamed('vae', 'vae-old'), 'for the vae, found .*vae-old; download'),
     ('unet', renamed(UNET_FILE, SHARD), f'in one piece.* found config.json, {SHARD}'),
-    ('unet', renamed(UNET_FILE, 'diffusion_pytorch_model.non_ema.safetensors'), 'found .*non_ema'),
     ('vae', renamed(VAE_FILE, 'diffusion_pytorch_model.bin'), r'found config.json, diff.*\.bin'),
     ('unet', bytes_of('unet/config.json', b'{"a": '), 'unet/config.json is not JSON'),
-    ('unet', bytes_of('unet/config.json', b'\xff'), 'unet/config.json is not JSON'),
     ('vae', bytes_of('vae/config.json', b'[1]'), r'vae/config.json must hold values by name.*\[1'),
     ('unet', config_of('unet', attention_head_dim=3), r'\[16, 32\].*attention_head_dim 3'),
     ('unet', config_of('unet', attention_head_dim=[2, 4]), r'attention_head_dim.*\[2, 4\]'),
     ('unet', config_of('unet', norm_num_groups=5), r'\[16, 32\].*norm_num_groups 5'),
-    ('unet', config_of('unet', layers_per_block=1.0), 'layers_per_block .* 1.0'),
     ('unet', config_of('unet', block_out_channels=[]), r'block_out_channels .* \[\]'),
     ('unet', config_of('unet', block_out_channels=[16, True]), 'block_out_channels .* true'),
     ('unet', config_of('unet', cross_attention_dim='16'), 'cross_attention_dim .*"16"'),
     ('unet', config_of('unet', down_block_types=['DownBlock2D'] * 2), "down_block_types .*'DownB"),
-    ('unet', config_of('unet', up_block_types=None), 'up_block_types None'),
     ('unet', config_of('unet', sample_size=[32, 64]), r'sample_size .*\[32, 64\]'),
     ('vae', config_of('vae', scaling_factor=0), 'scaling_factor .* 0'),
-    ('vae', config_of('vae', scaling_factor='x'), 'scaling_factor .* x'),
     ('vae', config_of('vae', norm_num_groups=3), 'norm_num_groups 3'),
     ('vae', config_of('vae', up_block_types=['UpDecoderBlock2D']), '4 up_block_types'),
     ('text_encoder', config_of('text_encoder', num_attention_heads=3), 'num_attention_heads 3'),
@@ -374,9 +362,8 @@ def test_a_damaged_folder_is_refused(part, damage, words, teacher, tmp_path):
     """By a UserError with one sentence that names the folder and what is wrong in it."""
     folder = shutil.copytree(teacher, tmp_path / 'model-v1')
     damage(folder)
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=f'model-v1.*{words}') as error:
         MODULES[part].load(folder)
-    assert re.search(f'model-v1.*{words}', str(error.value)), error.value
     assert '\n' not in str(error.value) and len(str(error.value)) < 700
 
 
@@ -481,7 +468,7 @@ def test_an_exported_file_opens_everywhere(whole_folder, weights, tmp_path, monk
         prefix = 'text_model.' if part == 'text_encoder' else ''
         theirs = {prefix + key: w for key, w in getattr(pipe, part).state_dict().items()}
         assert_same_tensors(theirs, expected[part])
-    into_cache(whole_folder / 'tokenizer', tmp_path, 'openai--clip-vit-large-patch14', '1')
+    into_cache(whole_folder / 'tokenizer', tmp_path, 'openai--clip-vit-large-patch14')
     monkeypatch.setenv('HF_HUB_CACHE', str(tmp_path))
     ours = sampled(tmp_path / 'a', '--generator', out)
     assert abs(sampled(tmp_path / 'b', '--generator', source) - ours).max() <= 1

@@ -116,7 +116,7 @@ def test_cut_is_what_does_not_fit(ours):
 
 
 # -------------------------------------------------------------------------------------------------
-# Files of tokenizers
+# Files
 
 def with_added_tokens(target, layout):
     """Write a tokenizer folder with added tokens, as textual inversion does; return the tokens.
@@ -183,10 +183,6 @@ def test_a_folder_without_a_whole_tokenizer_is_refused(tmp_path, layout, damage,
     damage(folder)
     with pytest.raises(UserError, match=f'(?s)model .*{re.escape(word)}'):
         clip_text.load_tokenizer(folder)
-
-
-# -------------------------------------------------------------------------------------------------
-# Files of prompts
 
 @pytest.mark.parametrize('data', [
     'a red star\nzwei Füße\n'.encode(), 'a red star\nzwei Füße'.encode('utf-8-sig'),
