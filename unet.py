@@ -417,7 +417,8 @@ def fill(net, tensors, names, file, dtype, prefix=''):
 
     names is {key of the network: name in the file}. UserError names the first tensor that is
     missing, extra (among names that start with `prefix`), of another shape, or not finite."""
-    needed = {name: net.state_dict()[key] for key, name in names.items()}
+    empty = net.state_dict()
+    needed = {name: empty[key] for key, name in names.items()}
     weights = {name: w for name, w in tensors.items()
                if name.startswith(prefix) and not name.endswith(UNUSED)}
     for name, like in needed.items():
@@ -607,7 +608,8 @@ def original(net):
         sizes = UNet().sizes
     check(net.sizes == sizes, f'an original file holds a UNet of SD 1.5\'s size, not {net.sizes}; '
                               'write a folder instead')
-    return {name: net.state_dict()[key] for key, name in original_names(net).items()}
+    state = net.state_dict()
+    return {name: state[key] for key, name in original_names(net).items()}
 
 
 def save(net, folder, dtype=torch.float32):
