@@ -48,7 +48,8 @@ class Tokenizer:
         self.start, self.end = vocab[START], vocab[END]
         self.engine = Engine(models.BPE(
             vocab=vocab, merges=merges, end_of_word_suffix='</w>', unk_token=END))
-        self.engine.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+        self.engine.normalizer = normalizers.Sequence([
+            normalizers.NFC(), normalizers.Replace(Regex(r'\s+'), ' '), normalizers.Lowercase()])
         self.engine.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Split(Regex(WORD), behavior='removed', invert=True),
              pre_tokenizers.ByteLevel(add_prefix_space=False)])
@@ -197,9 +198,13 @@ def load_tokenizer(path):
             vocab = read_json(folder / 'vocab.json')
             merges = (folder / 'merges.txt').read_text(encoding='utf-8').split('\n')
             merges = [line for line in merges if line and not line.startswith('#version')]
+            added, old = {}, folder / 'added_tokens.json'     # of transformers before 4.34
+            if old.is_file():
+                added = {number: {'content': token} for token, number in read_json(old).items()}
             config = folder / 'tokenizer_config.json'
-            added = read_json(config).get('added_tokens_decoder', {}) if config.is_file() else {}
-            added = [{'id': int(number), **token} for number, token in added.items()]
+            decoder = read_json(config).get('added_tokens_decoder', {}) if config.is_file() else {}
+            added.update((int(number), token) for number, token in decoder.items())
+            added = [{'id': number, **token} for number, token in added.items()]
         merges = [tuple(pair.split()) if isinstance(pair, str) else tuple(pair) for pair in merges]
         added = sorted((token for token in added if token['id'] >= len(vocab)),
                        key=lambda token: token['id'])

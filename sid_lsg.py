@@ -913,7 +913,7 @@ def find_generator(path, teacher=''):
         unet.read_tensors(root)
         with safe_open(root, 'pt') as file:
             info = {key: int(value) for key, value in (file.metadata() or {}).items()
-                    if key in ('t_init', 'size', 'images')}
+                    if key in ('t_init', 'size', 'images') and value.isdecimal()}
     else:
         folders = [folder for folder in (root / 'generator', root, root.parent)
                    if (folder / 'generator.json').is_file()]
@@ -941,18 +941,19 @@ def export(config):
     tokenizer = info.pop('tokenizer') or teacher
     single = target.suffix == '.safetensors'
     dtype = DTYPES[config.precision or ('fp16' if single else 'fp32')]
-    net, vae, text = unet.load(path), vae_module.load(teacher), clip_text.load(teacher)
-    added = 0 if single else len(clip_text.load_tokenizer(tokenizer).added)
+    net, vae = unet.load(path, dtype), vae_module.load(teacher, dtype)
     new = target.with_name(target.name + '.tmp')
     shutil.rmtree(new, ignore_errors=True)              # of an export that was interrupted
+    new.parent.mkdir(parents=True, exist_ok=True)
     if single:
+        text = clip_text.load(teacher, dtype)
         tensors = {**unet.original(net), **vae_module.original(vae), **clip_text.original(text)}
-        tensors = {name: w.to(dtype) if w.is_floating_point() else w for name, w in tensors.items()}
         unet.write_tensors(tensors, new, **info)
     else:
+        encode = PromptEncoder(teacher, tokenizer, net, torch.device('cpu'), dtype)
         unet.save(net, new / 'unet', dtype)
         vae_module.save(vae, new / 'vae', dtype)
-        clip_text.save(text, new / 'text_encoder', dtype, added)
+        clip_text.save(encode.net, new / 'text_encoder', dtype, len(encode.tokenizer.added))
         shutil.copytree(clip_text.tokenizer_folder(tokenizer), new / 'tokenizer')
         unet.save_pipeline(new)
         unet.write_json(new / 'generator.json', info)

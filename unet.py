@@ -418,7 +418,8 @@ def fill(net, tensors, names, file, dtype, prefix=''):
 
     names is {key of the network: name in the file}. UserError names the first tensor that is
     missing, extra (among names that start with `prefix`), of another shape, or not finite."""
-    needed = {name: net.state_dict()[key] for key, name in names.items()}
+    empty = net.state_dict()
+    needed = {name: empty[key] for key, name in names.items()}
     weights = {name: w for name, w in tensors.items()
                if name.startswith(prefix) and not name.endswith(UNUSED)}
     for name, like in needed.items():
@@ -444,7 +445,7 @@ def fill(net, tensors, names, file, dtype, prefix=''):
         weights[name] = w = w.to(dtype)
         low, high = torch.aminmax(w)           # NaN if there is one; faster than isfinite() in fp16
         check(math.isfinite(low) and math.isfinite(high),
-              f'{file} has NaN or infinity in {name}; download it again')
+              f'{file} has NaN or infinity in {name} (as {dtype}); download it again, or use fp32')
     state = {key: weights[name] for key, name in names.items()}
     net.load_state_dict(state, strict=True, assign=True)
     return net.eval()
@@ -636,7 +637,8 @@ def original(net):
         sizes = UNet().sizes
     check(net.sizes == sizes, f'an original file holds a UNet of SD 1.5\'s size, not {net.sizes}; '
                               'write a folder instead')
-    return {name: net.state_dict()[key] for key, name in original_names(net).items()}
+    state = net.state_dict()
+    return {name: state[key] for key, name in original_names(net).items()}
 
 
 def save(net, folder, dtype=torch.float32):
