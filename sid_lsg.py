@@ -461,7 +461,7 @@ class Log:
     def resume(self, seen, seconds):
         """Continue the log of a run that has a state after `seen` images; drop all later rows."""
         self.start, self.earlier = seen, seconds
-        if RANK == 0 and self.file.exists():
+        if RANK == 0 and self.file.is_file():
             kept = []
             for line in self.file.read_text(encoding='utf-8', errors='replace').splitlines():
                 with contextlib.suppress(ValueError):       # a crash may have cut off a line

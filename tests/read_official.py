@@ -60,7 +60,9 @@ def read_generator(file):
         head = opened.peek(16)
         try:
             module = OfficialUnpickler(opened).load()['ema']
-            config, tensors = dict(module._internal_dict), dict(tensors_of(module))
+            config = {key: list(value) if isinstance(value, tuple) else value     # as JSON has it
+                      for key, value in module._internal_dict.items()}
+            tensors = dict(tensors_of(module))
             size = 8 * int(config['sample_size'])
         except Exception as error:      # A damaged or hostile file can raise anything.
             fault = f'is cut off or holds no UNet under "ema" ({type(error).__name__})'
