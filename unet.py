@@ -564,7 +564,8 @@ def from_config(config, tensors, file, dtype=torch.float32):
     heads = size(config, 'attention_head_dim', file)
     groups = size(config, 'norm_num_groups', file, default=32)
     down, up = config.get('down_block_types'), config.get('up_block_types')
-    attention = [kind == 'CrossAttnDownBlock2D' for kind in down or []]
+    kinds = down if isinstance(down, list) else []
+    attention = [kind == 'CrossAttnDownBlock2D' for kind in kinds]
     check((down, up) == block_types(attention) and len(attention) == len(channels),
           f'the config of {file} has down_block_types {down} and up_block_types {up}; they must be '
           f'{len(channels)} known types each, in opposite order')

@@ -342,6 +342,7 @@ REFUSED = [                                                 # part, damage, word
     ('unet', config_of('unet', block_out_channels=[16, True]), 'block_out_channels .* true'),
     ('unet', config_of('unet', act_fn=None), 'act_fn null'),
     ('unet', config_of('unet', down_block_types=['DownBlock2D'] * 2), "down_block_types .*'DownB"),
+    ('unet', config_of('unet', down_block_types=True), 'down_block_types True'),
     ('unet', config_of('unet', sample_size=[32, 64]), r'sample_size .*\[32, 64\]'),
     ('vae', config_of('vae', scaling_factor=0), 'scaling_factor .* 0'),
     ('vae', config_of('vae', norm_num_groups=3), 'norm_num_groups 3'),
