@@ -128,6 +128,8 @@ for kill in range(4):
     if kill % 2 == 0:
         while newest() <= begun:
             time.sleep(0.005)
+            if os.waitpid(child, os.WNOHANG)[0]:
+                sys.exit('the run ended without a state')
         time.sleep(random.random() * 0.1)
         os.kill(child, signal.SIGKILL)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
