@@ -538,9 +538,11 @@ class Run:
                 f'{seen} to {self.iterations * config.batch}')
             warn_of_long_prompts(self.prompts[:1000], self.encode.tokenizer)
             self.save_images(seen)              # the start, or those that an interruption left out
+        self.handlers = {}
         for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1'):
-            if hasattr(signal, name):           # Windows has only the first two
-                signal.signal(getattr(signal, name), self.ask_to_stop)
+            number = getattr(signal, name, None)        # Windows has only the first two
+            if number and signal.getsignal(number) != signal.SIG_IGN:       # nohup ignores SIGHUP
+                self.handlers[number] = signal.signal(number, self.ask_to_stop)
         self.log.earlier = self.log.seconds()
         self.log.began = self.log.printed = time.time()     # the pace is that of iterations alone
 
@@ -654,9 +656,11 @@ class Run:
             return
         if seen:
             unet.save(self.ema, self.out / 'generator' / 'unet')
+            settings = {name: value for name, value in asdict(self.config).items() if name not in FREE}
+            run = hashlib.sha256(json.dumps([settings, self.fingerprints]).encode()).hexdigest()
             unet.write_json(self.out / 'generator' / 'generator.json', dict(
                 teacher=relative(self.config.teacher), tokenizer=relative(self.config.tokenizer),
-                t_init=self.config.t_init, size=self.shape[1] * self.vae.factor, images=seen))
+                t_init=self.config.t_init, size=self.shape[1] * self.vae.factor, images=seen, run=run))
         prompts = self.prompts[::max(1, len(self.prompts) // 16)][:16]
         self.ema.to(self.device)
         images = [sample_images(self.sampler, self.vae, self.encode([prompt]), [i], self.shape)[0]
@@ -693,6 +697,8 @@ class Run:
 
     def close(self):
         """Say how the run ended. Exit with 128 + the number of a signal that stopped it."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
         if TORCHRUN:
             dist.destroy_process_group()
         if self.signal:
@@ -911,9 +917,8 @@ def find_generator(path, teacher=''):
     root = unet.locate(path)
     if root.is_file():
         unet.read_tensors(root)
-        with safe_open(root, 'pt') as file:
-            info = {key: int(value) for key, value in (file.metadata() or {}).items()
-                    if key in ('t_init', 'size', 'images') and value.isdecimal()}
+        with safe_open(root, 'pt') as file:             # export() writes generator.json there
+            info = json.loads((file.metadata() or {}).get('generator', '{}'))
     else:
         folders = [folder for folder in (root / 'generator', root, root.parent)
                    if (folder / 'generator.json').is_file()]
@@ -948,7 +953,7 @@ def export(config):
     if single:
         text = clip_text.load(teacher, dtype)
         tensors = {**unet.original(net), **vae_module.original(vae), **clip_text.original(text)}
-        unet.write_tensors(tensors, new, **info)
+        unet.write_tensors(tensors, new, generator=json.dumps(info))
     else:
         encode = PromptEncoder(teacher, tokenizer, net, torch.device('cpu'), dtype)
         unet.save(net, new / 'unet', dtype)
@@ -982,8 +987,8 @@ def choose_device(name):
 
 
 def place(net, device):
-    """Move a network to the device and freeze it. Convolutions are fastest with channels last."""
-    return net.requires_grad_(False).to(device, memory_format=torch.channels_last)
+    """Move a network to the device and freeze it."""
+    return net.requires_grad_(False).to(device)
 
 
 class PromptEncoder:
@@ -1092,7 +1097,8 @@ FREE = (*PATHS, 'out', 'resume', 'kimg', 'save_kimg', 'fid_kimg', 'fid_num', 'de
 
 def train_config(**given):
     """Return a TrainConfig: the given settings, then the run's or teacher's, then the paper's."""
-    run = Path(given['resume']) / 'config.json' if given.get('resume') else None
+    check(given.get('resume') != '', '--resume needs the name of a run folder')
+    run = Path(given['resume']) / 'config.json' if 'resume' in given else None
     if run and run.is_file():
         file = run
     else:
@@ -1167,7 +1173,10 @@ def main(arguments=None):
     except (UserError, OSError) as error:
         say(f'sid_lsg: {error}', sys.stderr)
         sys.exit(2)
-    except (torch.OutOfMemoryError, MemoryError):
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and (
+                'DefaultCPUAllocator' not in str(error)):
+            raise
         say('sid_lsg: out of memory; use --precision bf16, then a smaller --micro-batch (sample: '
             '--batch), then --recompute, then --ema-device cpu', sys.stderr)
         sys.exit(2)

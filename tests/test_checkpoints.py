@@ -454,7 +454,7 @@ def test_an_exported_file_opens_everywhere(whole_folder, weights, tmp_path, monk
     source, out = generator(tmp_path / 'generator', whole_folder), tmp_path / 'student.safetensors'
     sid_lsg.main(['export', str(source), str(out), '--precision', 'fp32'])
     with safe_open(out, 'pt') as file:
-        assert file.metadata() == dict(format='pt', t_init='450', size='64', images='2')
+        assert json.loads(file.metadata()['generator']) == dict(t_init=450, size=64, images=2)
     pipe = StableDiffusionPipeline.from_single_file(out, config=str(whole_folder),
                                                     local_files_only=True)
     expected = dict(weights, unet=unet.load(source).state_dict())
