@@ -1,4 +1,4 @@
-"""CLIP ViT-L/14's tokenizer and text encoder, as Stable Diffusion 1.5 uses them, from scratch.
+"""CLIP ViT-L/14's text encoder from scratch, and its tokenizer on top of the tokenizers library.
 
 Prompts become token ids (B, 77), and these become text embeddings (B, 77, 768): the output of the
 last layer after the final LayerNorm, without pooling and projection (CompVis/stable-diffusion
@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Regex, Tokenizer as Engine, models, normalize
 from torch import nn
 
 from unet import PREFIX, UserError, check, check_config, fill, locate, open_part, read_json
-from unet import save_part, size
+from unet import config_int, save_part
 
 LENGTH = 77         # tokens of a prompt, with the start and end tokens
 
@@ -73,7 +73,7 @@ class Tokenizer:
 
 
 class Attention(nn.Module):
-    """Causal self-attention, (B, L, C) -> (B, L, C). SD passes no mask: padding is attended to."""
+    """Causal self-attention, (B, L, C) -> (B, L, C). Padding is not masked in SD."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -177,8 +177,9 @@ def tokenizer_folder(path):
         try:
             root = locate('openai/clip-vit-large-patch14')
         except UserError:
-            raise UserError(f'{path} is a single file, which has no tokenizer; give --tokenizer, '
-                            'the tokenizer folder of any Stable Diffusion 1.5') from None
+            raise UserError(f'{path} is a single file, which has no tokenizer; download openai/'
+                            'clip-vit-large-patch14, or give train the --tokenizer of any '
+                            'Stable Diffusion 1.5') from None
     return root / 'tokenizer' if (root / 'tokenizer').is_dir() else root
 
 
@@ -224,7 +225,7 @@ def load(path, dtype=torch.float32):
     if config is not None:
         check_config(config, FIXED, file)
         prefix = ''
-        sizes = {name: size(config, key, file) for name, key in SIZES.items()}
+        sizes = {name: config_int(config, key, file) for name, key in SIZES.items()}
         check(sizes['width'] % sizes['heads'] == 0,
               f'the config of {file} has hidden_size {sizes["width"]}, which must be a multiple of '
               f'num_attention_heads {sizes["heads"]}')

@@ -1,4 +1,4 @@
-"""Compute FID as in the paper's tables, from scratch in one file.
+"""Compute FID as in the paper's tables, from scratch.
 
 FID (arXiv 1706.08500) is the Fréchet distance between two sets of images. Each set is modelled as
 a Gaussian in the 2,048 features of one particular Inception network. The protocol is that of

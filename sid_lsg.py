@@ -1,13 +1,15 @@
-"""SiD-LSG: distil Stable Diffusion 1.5, without data, into a generator of one step per image.
+"""SiD-LSG: distil Stable Diffusion 1.5, without data, into a one-step generator.
 
 Zhou et al., "Long and Short Guidance in Score identity Distillation for One-Step Text-to-Image
 Generation", arXiv 2406.01561 (the paper). Without guidance it is Score identity Distillation (SiD),
 arXiv 2404.04057. "Official" is the authors' code, mingyuanzhou/SiD-LSG @709fc22.
 
-    python sid_lsg.py train                 # the tiny teacher of tests/tiny_sd, minutes on a laptop
+    python sid_lsg.py train                 # tests/tiny_sd with the settings in its sid_lsg.json
     python sid_lsg.py train --teacher PATH --prompts FILE       # SD 1.5, with the paper's defaults
     python sid_lsg.py sample "a red star above a blue ring on a black background"
     python sid_lsg.py export runs/000 student                   # for diffusers and web UIs
+
+Read train(), then add_noise, predict_x0, guided, generate and the two losses, directly above it.
 
     paper            | here      | shape (SD 1.5, 512 px) | meaning
     -----------------|-----------|------------------------|----------------------------------------
@@ -21,19 +23,27 @@ arXiv 2404.04057. "Official" is the authors' code, mingyuanzhou/SiD-LSG @709fc22
     x_g = G(z, c)    | x_g       | (B, 4, 64, 64)         | generated latents
     t                | t         | (B,)                   | timesteps, uniform in [20, 979]
     epsilon          | eps       | (B, 4, 64, 64)         | standard normal noise
-    a_t, sigma_t     | ALPHA[t], SIGMA[t]                 | noise schedule (not the alpha below)
+    a_t, sigma_t     | ALPHA[t], SIGMA[t]                 | noise schedule; ALPHA is not alpha below
     x_t              | x_t       | (B, 4, 64, 64)         | a_t x_g + sigma_t eps
     s                | t_init    |                        | the generator's timestep, 625
     epsilon hat      | eps_hat   | (B, 4, 64, 64)         | predicted noise
     f_phi(x_t, c)    | x_phi     | (B, 4, 64, 64)         | the teacher's x0-prediction, guided
     f_psi(x_t, c)    | x_psi     | (B, 4, 64, 64)         | the fake network's x0-prediction, guided
-    kappa_1          | kappa[0]  |                        | guidance of fake while it learns
-    kappa_2, kappa_3 | kappa[1]  |                        | guidance of fake in G's loss
-    kappa_4          | kappa[2]  |                        | guidance of teacher in G's loss
-    alpha            | alpha     |                        | weight of |x_phi - x_psi|^2 in G's loss
+    kappa_1          | kappa1    |                        | guidance of fake while it learns
+    kappa_2, kappa_3 | kappa2    |                        | guidance of fake in G's loss
+    kappa_4          | kappa4    |                        | guidance of teacher in G's loss
+    alpha            | alpha     |                        | alpha |x_phi - x_psi|^2 is subtracted
 
-Read train(), then the six functions directly above it. G, ema and fake start as copies of the
-teacher.
+    guidance         | kappa1 | kappa2 | kappa4 | with K > 1
+    -----------------|--------|--------|--------|----------------------------------------------
+    none             |   1    |   1    |   1    |
+    long and short   |   K    |   K    |   K    | LSG, the paper's
+    long             |   1    |   1    |   K    | that of earlier methods
+    short            |  1 / K |   1    |   1    |
+    Zero-CFG         |   0    |   0    |   1    | fake ignores the prompt; arXiv 2505.12674
+
+The goal is that x_psi, the mean of x_g given x_t, agrees with x_phi for every x_t. Then the images
+of G have the teacher's distribution. README.md derives the loss of G from that.
 """
 
 import argparse
@@ -71,7 +81,7 @@ from unet import UserError, check
 
 PROJECT = Path(__file__).resolve().parent
 TINY_TEACHER = PROJECT / 'tests' / 'tiny_sd'
-# torchrun sets LOCAL_RANK. A machine may have the other two for reasons of its own.
+# torchrun sets LOCAL_RANK. The other two alone may come from other tools.
 TORCHRUN = 'LOCAL_RANK' in os.environ
 WORLD = int(os.environ['WORLD_SIZE']) if TORCHRUN else 1
 RANK = int(os.environ['RANK']) if TORCHRUN else 0
@@ -86,7 +96,6 @@ def option(default, help, **more):
     return field(default=default, metadata={'help': help, **more})
 
 
-TOKENIZER = option('', 'tokenizer folder (default: the teacher\'s)', metavar='FOLDER')
 DEVICE = option('', 'cuda, cuda:1, cpu ... (default: cuda if available)', group='machine')
 
 
@@ -95,18 +104,18 @@ class TrainConfig:
     teacher: str = option(str(TINY_TEACHER), 'Stable Diffusion 1.5: diffusers folder, original '
                           '.safetensors, or repo id in the Hugging Face cache (default: '
                           'tests/tiny_sd)', group='task', metavar='PATH')
-    tokenizer: str = TOKENIZER
+    tokenizer: str = option('', 'tokenizer folder (default: the teacher\'s)', metavar='FOLDER')
     prompts: str = option('', 'text file, one prompt per line (default: the teacher\'s '
                           'prompts.txt)', metavar='FILE')
     size: int = option(0, 'image height and width in pixels (default: the teacher\'s)')
 
-    kappa: tuple = option((1.5,), 'guidance: one number (LSG), or kappa1, kappa2 = kappa3, kappa4; '
-                          '1 disables it, 1 1 K is long, K 1 1 with K < 1 short, 0 0 1 Zero-CFG',
-                          group='method')
-    alpha: float = option(1.0, 'weight of |x_phi - x_psi|^2 in the generator\'s loss')
-    t_init: int = option(625, 'timestep of the generator')
-    t_min: int = option(20, 'smallest timestep of the losses')
-    t_max: int = option(980, 'largest timestep of the losses, exclusive')
+    kappa: tuple = option((1.5,), 'guidance: one number (LSG), or kappa1 kappa2 kappa4, such as '
+                          '1 1 3 for long guidance; 1 disables it', group='method')
+    alpha: float = option(1.0, 'the generator\'s loss subtracts alpha times |x_phi - x_psi|^2')
+    steps: int = option(1, 'steps of the generator', choices=[1, 2, 4])
+    t_init: int = option(625, 'timestep of the generator\'s first step')
+    t_min: int = option(20, 'timesteps of the losses are at least this')
+    t_max: int = option(980, 'timesteps of the losses are below this')
     drop: float = option(0.1, 'share of prompts replaced by "" while the fake score network '
                          'learns, if it is guided')
 
@@ -115,7 +124,7 @@ class TrainConfig:
     lr: float = option(1e-6, 'learning rate of the generator')
     fake_lr: float = option(1e-6, 'learning rate of the fake score network')
     ema_kimg: float = option(50.0, 'half-life of the EMA in thousand images')
-    ema_rampup: float = option(0.05, 'at most this share of the images seen is the half-life')
+    ema_rampup: float = option(0.05, 'the half-life is at most this share of the images seen')
     seed: int = option(0, 'seed of all random numbers')
 
     out: str = option('', 'run folder (default: the next free runs/NNN)', group='run',
@@ -142,8 +151,7 @@ class TrainConfig:
     compile: bool = option(False, 'torch.compile the networks: faster after some minutes')
 
     def __post_init__(self):
-        if len(self.kappa) == 1:
-            self.kappa = 3 * self.kappa
+        self.kappa = tuple(self.kappa) * (3 if len(self.kappa) == 1 else 1)
 
 
 @dataclass
@@ -157,7 +165,8 @@ class SampleConfig:
 
     generator: str = option('', 'run folder, generator folder or exported file (default: the '
                             'newest in runs/)', group='generator', metavar='PATH')
-    steps: int = option(1, 'steps of the generator', choices=[1, 2, 4])
+    steps: int = option(0, 'steps of the generator (default: those it was trained for)',
+                        choices=[1, 2, 4])
     teacher: str = option('', 'checkpoint with VAE and text encoder (default: the generator\'s '
                           'teacher)', metavar='PATH')
     teacher_steps: int = option(0, 'sample from the teacher instead, with this many DDIM steps')
@@ -182,26 +191,21 @@ class ExportConfig:
 # -------------------------------------------------------------------------------------------------
 # The method
 
-def schedule():
-    """Return a_t and sigma_t of Stable Diffusion 1.5, each (1000,) float32, computed in float64.
-
-    a_t^2 is the cumulative product of 1 - beta (CompVis util.py 21-25)."""
-    a2 = torch.tensor(np.cumprod(1 - unet.BETAS))
-    return a2.sqrt().float(), (1 - a2).sqrt().float()
-
-
-ALPHA, SIGMA = schedule()
+# The noise schedule, (1000,) float32, computed in float64: a_t^2 is the cumulative product of
+# 1 - beta (CompVis util.py 21-25).
+A2 = torch.tensor(np.cumprod(1 - unet.BETAS))
+ALPHA, SIGMA = A2.sqrt().float(), (1 - A2).sqrt().float()
 
 
 @functools.lru_cache
-def copy_to(device, table):
-    """Return ALPHA or SIGMA on a device. Copied once, because a copy waits for all queued work."""
-    return table.to(device)
+def schedule_on(device):
+    """Return ALPHA and SIGMA on a device. Copied once, because a copy waits for all queued work."""
+    return ALPHA.to(device), SIGMA.to(device)
 
 
 def coefficients(t):
     """Return a_t and sigma_t at timesteps t (B,) or (), each (B, 1, 1, 1) or (1, 1, 1, 1)."""
-    return (copy_to(t.device, table)[t].reshape(-1, 1, 1, 1) for table in (ALPHA, SIGMA))
+    return (table[t].reshape(-1, 1, 1, 1) for table in schedule_on(t.device))
 
 
 def add_noise(x0, eps, t):
@@ -221,7 +225,7 @@ def guided(net, x_t, t, context, null, kappa):
 
     t is (B,), context (B, 77, D), null (1, 77, D); the result is float32. The network is called
     once, on the doubled batch [null, c]. kappa 1 needs only c, and kappa 0 only null, at half the
-    cost. For a dropped prompt c is null, and guidance changes nothing."""
+    cost."""
     null = null.expand_as(context)
     if kappa == 1 or kappa == 0:
         return net(x_t, t, context if kappa == 1 else null).float()
@@ -230,22 +234,27 @@ def guided(net, x_t, t, context, null, kappa):
     return eps_null + kappa * (eps_c - eps_null)
 
 
-def generate(G, z, context, t_init=625, steps=1, noise=torch.randn_like):
+def generate(G, z, context, t_init=625, steps=1, noise=None):
     """Generate latents x_g (B, 4, H, W) from noise z of that shape.
 
     One step is the x0-prediction of G at timestep s = t_init for pure noise:
-    (sigma_s z - sigma_s G(sigma_s z, s, c)) / a_s. With more steps, step i adds new noise(z) at
-    timestep int(t_init (1 - i / steps)) and denoises again (official sid_sd_util.py 186-204)."""
-    x_g = torch.zeros_like(z)
-    for i in range(steps):
+    (sigma_s z - sigma_s G(sigma_s z, s, c)) / a_s. Step i of several adds noise[i - 1], like z, at
+    timestep int(t_init (1 - i / steps)) and denoises again (official sid_sd_util.py 186-204). A
+    shorter list of noise stops early. Only the last step carries a gradient."""
+    noise = [torch.randn_like(z) for _ in range(steps - 1)] if noise is None else noise
+    x_g, with_gradient = torch.zeros_like(z), torch.is_grad_enabled()
+    for i, new in enumerate([z, *noise]):
         t = torch.full((len(z),), int(t_init * (1 - i / steps)), device=z.device)
-        x_t = add_noise(x_g, z if i == 0 else noise(z), t)
-        x_g = predict_x0(G(x_t, t, context).float(), x_t, t)
+        x_t = add_noise(x_g, new, t)
+        if i > 0:
+            torch.clear_autocast_cache()        # of weights that were cast without gradient
+        with torch.set_grad_enabled(with_gradient and i == len(noise)):
+            x_g = predict_x0(G(x_t, t, context).float(), x_t, t)
     return x_g
 
 
 def fake_score_loss(fake, x_g, t, eps, context, null, kappa):
-    """Return the sum over pixels / B of (eps_hat - eps)^2, where kappa_1 guides eps_hat.
+    """Return sum((eps_hat - eps)^2) / B, where kappa_1 guides eps_hat.
 
     With kappa 1 this is ordinary diffusion training on generated latents x_g (B, 4, H, W). With
     others it fits the guided prediction, and both halves of the doubled batch get a gradient."""
@@ -254,7 +263,7 @@ def fake_score_loss(fake, x_g, t, eps, context, null, kappa):
 
 
 def generator_loss(x_g, x_phi, x_psi, alpha):
-    """Return the sum over pixels / B of (x_phi - x_psi) (x_phi - x_g - alpha (x_phi - x_psi)) / w.
+    """Return sum((x_phi - x_psi) (x_phi - x_g - alpha (x_phi - x_psi)) / w) / B.
 
     This is SiD's loss (arXiv 2404.04057) of guided predictions, all (B, 4, H, W). The gradient
     reaches G through x_g and, by way of both networks, through x_t. Only w carries no gradient: it
@@ -264,32 +273,35 @@ def generator_loss(x_g, x_phi, x_psi, alpha):
 
 
 def train(config):
-    """Distil config.teacher into a one-step generator. Everything but the method is in Run."""
+    """Distil config.teacher into a generator. Networks, data, optimisers and files are in Run."""
     run = Run(config)
     teacher, G, ema, fake, null = run.teacher, run.G, run.ema, run.fake, run.null
     kappa1, kappa2, kappa4 = config.kappa
-    drop = config.drop if (kappa1, kappa2) != (1, 1) else 0.0     # only guidance needs "" learnt
+    # Guidance evaluates fake at the empty prompt, so fake must learn it: in the psi-step, a share
+    # `drop` of the prompts is empty, for the generator as well.
+    drop = config.drop if (kappa1, kappa2) != (1, 1) else 0.0
     share = config.micro_batch / config.batch       # micro-batches' losses add up to the batch's
 
     for iteration in range(run.first, run.iterations):
         # psi-step: the fake score network learns to denoise the generator's current images.
         fake.requires_grad_(True)
         for indices in run.micro_batches:
-            context, z, t, eps = run.draw(iteration, 'psi', indices, drop)
+            context, z, noise, t, eps = run.draw(iteration, 'fake', indices, drop)
             with run.autocast():
                 with torch.no_grad():               # this loss does not train the generator
-                    x_g = generate(G, z, context, config.t_init)
+                    x_g = generate(G, z, context, config.t_init, config.steps, noise)
                 loss_fake = fake_score_loss(fake, x_g, t, eps, context, null, kappa1) * share
             loss_fake.backward()
             run.log.add(loss_fake=loss_fake)
         run.update('fake')
 
-        # theta-step: the generator learns to make images that teacher and fake denoise alike.
+        # theta-step: the generator learns to make images that teacher and fake denoise alike. Of
+        # several steps it learns a random one per iteration, `noise` being as long as it needs.
         fake.requires_grad_(False)                  # its input gets a gradient, its weights do not
         for indices in run.micro_batches:
-            context, z, t, eps = run.draw(iteration, 'theta', indices)
+            context, z, noise, t, eps = run.draw(iteration, 'G', indices)
             with run.autocast():
-                x_g = generate(G, z, context, config.t_init)
+                x_g = generate(G, z, context, config.t_init, config.steps, noise)
                 x_t = add_noise(x_g, eps, t)        # not detached: gradients pass both networks
                 x_psi = predict_x0(guided(fake, x_t, t, context, null, kappa2), x_t, t)
                 x_phi = predict_x0(guided(teacher, x_t, t, context, null, kappa4), x_t, t)
@@ -363,7 +375,7 @@ def update_ema(ema, G, beta):
 
 
 def to_device(x, device):
-    """Copy x to the device, from pinned memory: other copies wait for all queued work."""
+    """Copy x to the device without waiting for queued work, which needs pinned memory."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else x.to(device)
 
 
@@ -373,22 +385,26 @@ def epoch_order(seed, epoch, count):
 
 
 def draw_samples(config, prompts, shape, iteration, half, indices, drop=0.0):
-    """Draw prompts (a list), noise z and eps (B, *shape) and timesteps t (B,) for a micro-batch.
+    """Draw B prompts, z (B, *shape), noise for more steps, t (B,) and eps (B, *shape).
 
-    Sample i of a batch depends only on (seed, iteration, half, i), not on micro-batches or devices.
-    half is 'psi' or 'theta'. Each epoch uses every prompt once, in a new order; then a share `drop`
-    of the prompts becomes ''."""
-    half = ('psi', 'theta').index(half)
-    texts, noise, timesteps = [], [], []
+    The random numbers of sample i depend only on (seed, iteration, half, i), not on micro-batches
+    or devices; half is 'fake' or 'G', the network that learns. An epoch takes each prompt once, in
+    a new order, half by half. A share `drop` of the prompts becomes ''.
+
+    A generator of several steps learns one of them, uniformly drawn, per iteration: step n needs a
+    list of n - 1 more noises (arXiv 2505.12674)."""
+    number = ('fake', 'G').index(half)
+    n = 1 + int(np.random.default_rng((config.seed, iteration)).integers(config.steps))
+    texts, timesteps, noise = [], [], []
     for i in indices.tolist():
-        rng = np.random.default_rng((config.seed, iteration, half, i))
-        epoch, position = divmod((2 * iteration + half) * config.batch + i, len(prompts))
+        rng = np.random.default_rng((config.seed, iteration, number, i))
+        epoch, position = divmod((2 * iteration + number) * config.batch + i, len(prompts))
         text = prompts[epoch_order(config.seed, epoch, len(prompts))[position]]
         texts.append('' if rng.random() < drop else text)
         timesteps.append(int(rng.integers(config.t_min, config.t_max)))
-        noise.append(rng.standard_normal((2, *shape), dtype=np.float32))
-    z, eps = torch.from_numpy(np.stack(noise, axis=1))
-    return texts, z, torch.tensor(timesteps), eps
+        noise.append(rng.standard_normal((n + 1, *shape), dtype=np.float32))
+    z, eps, *more = torch.from_numpy(np.stack(noise, axis=1)).unbind()
+    return texts, z, more, torch.tensor(timesteps), eps
 
 
 # -------------------------------------------------------------------------------------------------
@@ -478,7 +494,7 @@ class Run:
     The first process writes config.json, log.jsonl, state/, generator/ and grid_*.png there."""
 
     def __init__(self, config):
-        # First everything that a user can get wrong, before a weight is read.
+        # First what a user can get wrong, before a weight is read.
         check_settings(config)
         settings = stored(config)       # --micro-batch as given: more GPUs may resume the run
         self.config, self.device = config, choose_device(config.device)
@@ -497,7 +513,7 @@ class Run:
             check(config.resume or not (self.out / 'config.json').exists(),
                   f'{self.out} already holds a run; give another --out, or --resume {self.out}')
 
-        # Then the networks. G, ema and fake start as copies of the teacher.
+        # Then the networks.
         if self.stats:
             weights = config.fid_weights or fid.default_weights()
             self.inception = fid.load_inception(weights).to(self.device)
@@ -551,14 +567,16 @@ class Run:
                               enabled=self.config.precision != 'fp32')
 
     def draw(self, iteration, half, indices, drop=0.0):
-        """Draw context, z, t and eps of a micro-batch, on the device."""
-        texts, *tensors = draw_samples(
+        """Draw context, z, noise (a list), t and eps of a micro-batch, on the device."""
+        texts, z, noise, t, eps = draw_samples(
             self.config, self.prompts, self.shape, iteration, half, indices, drop)
-        return self.encode(texts), *(to_device(x, self.device) for x in tensors)
+        z, t, eps, *noise = (to_device(x, self.device) for x in (z, t, eps, *noise))
+        return self.encode(texts), z, noise, t, eps
 
     def update(self, name):
         """Step the optimiser of 'G' or 'fake'."""
-        # No loss scaling in fp16: the losses are sums over pixels, not means. G is clipped instead.
+        # The losses are sums, so that fp16 needs no loss scaling. As in the official code, G's
+        # gradient is clipped in fp16.
         clip = 1.0 if name == 'G' and self.config.precision == 'fp16' else math.inf
         norm, nan = update(self.optimizers[name], clip)
         self.log.add(**{f'grad_{name}': norm, 'nan_grads': nan})
@@ -579,7 +597,7 @@ class Run:
         """Write log, state, images and FID as they are due. Return whether the run must stop."""
         seen, last = (iteration + 1) * self.config.batch, iteration == self.iterations - 1
 
-        def due(kimg):
+        def due(kimg):                          # whether this iteration passed a multiple of kimg
             return last or seen // (kimg * 1000) > (seen - self.config.batch) // (kimg * 1000)
         stop, save = self.stopping(), due(self.config.save_kimg)
         self.log.end(seen, now=save or stop)
@@ -631,8 +649,8 @@ class Run:
             raise UserError(f'{folder} is damaged ({error}); remove it to resume from the state '
                             'before it') from None
         for name, value in self.fingerprints.items():
-            check(saved.get(name) == value, f'{folder} was made with another {name} than --{name} '
-                                            'gives; give the old one, or start a new run')
+            check(saved.get(name) == value, f'{folder} was made with different {name}; give '
+                                            f'--{name} as before, or start a new run')
         for name, tensors in self.state().items():
             for key, tensor in tensors.items():
                 tensor.copy_(loaded[name][key])
@@ -642,9 +660,14 @@ class Run:
                 step.fill_(self.first)
         self.log.resume(saved['images'], saved['seconds'])
 
-    def sampler(self, z, noise, context):
-        with self.autocast():
-            return generate(self.ema, z, context, self.config.t_init, noise=noise)
+    def sample(self, prompts, seeds):
+        """Sample uint8 images (B, H, W, 3) from the EMA."""
+        def sampler(z, noise, context):
+            with self.autocast():
+                return generate(self.ema, z, context, self.config.t_init, self.config.steps, noise)
+        self.ema.to(self.device)
+        return sample_images(sampler, self.vae, self.encode(prompts), seeds, self.shape,
+                             self.config.steps)
 
     @torch.no_grad()
     def save_images(self, seen):
@@ -656,15 +679,15 @@ class Run:
             return
         if seen:
             unet.save(self.ema, self.out / 'generator' / 'unet')
-            settings = {name: value for name, value in asdict(self.config).items() if name not in FREE}
+            settings = {name: value for name, value in asdict(self.config).items()
+                        if name not in FREE}
             run = hashlib.sha256(json.dumps([settings, self.fingerprints]).encode()).hexdigest()
             unet.write_json(self.out / 'generator' / 'generator.json', dict(
                 teacher=relative(self.config.teacher), tokenizer=relative(self.config.tokenizer),
-                t_init=self.config.t_init, size=self.shape[1] * self.vae.factor, images=seen, run=run))
+                t_init=self.config.t_init, steps=self.config.steps,
+                size=self.shape[1] * self.vae.factor, images=seen, run=run))
         prompts = self.prompts[::max(1, len(self.prompts) // 16)][:16]
-        self.ema.to(self.device)
-        images = [sample_images(self.sampler, self.vae, self.encode([prompt]), [i], self.shape)[0]
-                  for i, prompt in enumerate(prompts)]
+        images = [self.sample([prompt], [i])[0] for i, prompt in enumerate(prompts)]
         self.ema.to(self.config.ema_device or self.device)
         save_png(make_grid(images, prompts, columns=4), grid)
 
@@ -672,12 +695,10 @@ class Run:
     def score(self, seen):
         """Compute the FID of the EMA, with images from all processes, and log it."""
         began, moments = time.time(), fid.Moments()
-        self.ema.to(self.device)
         batch = min(self.config.micro_batch, 16)        # decoding needs more memory than training
         for indices in torch.arange(self.config.fid_num)[RANK::WORLD].split(batch):
             seeds = indices.tolist()
-            context = self.encode([self.captions[i % len(self.captions)] for i in seeds])
-            images = sample_images(self.sampler, self.vae, context, seeds, self.shape)
+            images = self.sample([self.captions[i % len(self.captions)] for i in seeds], seeds)
             moments.add(fid.features(self.inception, images, self.stats['preset'] or 'clean'))
             if self.signal:                     # the time before a kill is for the state
                 break
@@ -722,7 +743,9 @@ def fingerprint(tokenizer, *nets):
 
 
 def recompute_in_backward(net):
-    """Keep only the inputs of large blocks for the backward pass, which runs them again."""
+    """Keep only the inputs of large blocks for the backward pass, which runs them again.
+
+    This changes the modules, so it comes after all copies were made."""
     for module in net.modules():
         if isinstance(module, (unet.ResnetBlock, unet.SpatialTransformer)):
             module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
@@ -736,7 +759,7 @@ def sample(config):
     """Sample an image for every prompt and seed into a folder, and print the paths.
 
     Images that are there already are kept. The processes of torchrun share the rest."""
-    # First everything that a user can get wrong, before a weight is read.
+    # First what a user can get wrong, before a weight is read.
     texts = list(config.texts)
     if config.prompts:
         texts += clip_text.read_prompts(config.prompts)
@@ -745,18 +768,18 @@ def sample(config):
           'prompts must be UTF-8; set the terminal to it')
     check(config.batch > 0, f'--batch must be above 0, found {config.batch}')
     check(config.out or not TORCHRUN, 'torchrun needs --out, one folder for all processes')
-    jobs = [(text, seed) for i, text in enumerate(texts)
-            for seed in (parse_seeds(config.seeds) if config.seeds else [i])]
+    seeds = parse_seeds(config.seeds) if config.seeds else None
+    jobs = [(text, seed) for i, text in enumerate(texts) for seed in (seeds or [i])]
     device, dtype = choose_device(config.device), DTYPES[config.precision]
     if config.teacher_steps:
-        check(0 < config.teacher_steps < 1000 and not config.generator and config.steps == 1,
-              '--teacher-steps must be 1 to 999, without --generator and --steps')
+        check(0 < config.teacher_steps <= 500 and not config.generator and not config.steps,
+              '--teacher-steps must be 1 to 500, without --generator and --steps')
         check(math.isfinite(config.kappa), f'--kappa must be finite, found {config.kappa}')
         path = config.teacher or str(TINY_TEACHER)
         info = dict(teacher=path, teacher_steps=config.teacher_steps, kappa=config.kappa)
     else:
         path, info = find_generator(config.generator, config.teacher)
-        info['steps'] = config.steps
+        info['steps'] = config.steps or info.get('steps', 1)
     teacher, tokenizer = info.pop('teacher'), info.pop('tokenizer', '')
     out = new_folder(config.out, 'samples')
     todo = open_samples(out, jobs, dict(info, precision=config.precision))
@@ -771,7 +794,7 @@ def sample(config):
     def sampler(z, noise, context):
         if config.teacher_steps:
             return ddim(net, z, context, null, config.kappa, config.teacher_steps)
-        return generate(net, z, context, info['t_init'], config.steps, noise)
+        return generate(net, z, context, info['t_init'], info['steps'], noise)
 
     # Last the images. Threads write them while the next batch is computed.
     began = printed = time.time()
@@ -779,12 +802,13 @@ def sample(config):
         saving = []
         for start in range(0, len(todo), config.batch):
             indices = todo[start:start + config.batch]
-            texts, seeds = zip(*(jobs[i] for i in indices))
-            images = sample_images(sampler, vae, encode(texts), seeds, shape)
+            batch = [jobs[i] for i in indices]
+            images = sample_images(sampler, vae, encode([text for text, _ in batch]),
+                                   [seed for _, seed in batch], shape, info.get('steps', 1))
             for path in saving:
                 print(path.result(), flush=True)
             saving = [pool.submit(save_png, image, out / f'{i:06d}.png', prompt=text, seed=seed)
-                      for i, image, text, seed in zip(indices, images, texts, seeds)]
+                      for i, image, (text, seed) in zip(indices, images, batch)]
             if time.time() - printed > 5:
                 printed, done = time.time(), start + len(indices)
                 pace = (printed - began) / done
@@ -797,7 +821,7 @@ def sample(config):
         first = jobs[:64]
         images = [np.asarray(Image.open(out / f'{i:06d}.png')) for i in range(len(first))]
         labels = [f'{text} [{seed}]' for text, seed in first]
-        columns = min(8, len(parse_seeds(config.seeds)) if config.seeds else len(first))
+        columns = min(8, len(seeds or first))
         print(save_png(make_grid(images, labels, columns), out / 'grid.png'))
 
 
@@ -817,11 +841,12 @@ def open_samples(out, jobs, info):
                                            'another --out')
         if len(known) > len(jobs):
             say(f'{out} holds {len(known)} images, more than the {len(jobs)} asked for', sys.stderr)
-            jobs = known
-    check(file.exists() or not any(out.glob('[0-9]*.png')),
-          f'{out} holds images but no sample.json; give another --out')
+    else:
+        check(not any(out.glob('[0-9]*.png')), f'{out} holds images but no sample.json; give '
+                                               'another --out')
+        known = []
     if RANK == 0:
-        unet.write_json(file, dict(info, jobs=jobs))
+        unet.write_json(file, dict(info, jobs=max(known, jobs, key=len)))
     own = range(RANK, len(jobs), WORLD)     # first, because other processes may be ahead by images
     todo = [i for i in own if not (out / f'{i:06d}.png').exists()]
     if len(todo) < len(own):
@@ -829,16 +854,15 @@ def open_samples(out, jobs, info):
     return todo
 
 
-def sample_images(sampler, vae, context, seeds, shape):
+def sample_images(sampler, vae, context, seeds, shape, steps=1):
     """Sample uint8 images (B, H, W, 3): decode the latents of sampler(z, noise, context).
 
-    The noise comes from the CPU and seeds[i], so image i does not depend on batch and device."""
+    z and noise, a list of steps - 1 tensors, come from the CPU and seeds[i], so that image i does
+    not depend on batch and device."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    def noise(like=None):
-        rows = [torch.randn(shape, generator=generator) for generator in generators]
-        return to_device(torch.stack(rows), context.device)
-    return to_uint8(vae.decode(sampler(noise(), noise, context)))
+    z, *noise = (to_device(torch.stack([torch.randn(shape, generator=g) for g in generators]),
+                           context.device) for _ in range(steps))
+    return to_uint8(vae.decode(sampler(z, noise, context)))
 
 
 def to_uint8(images):
@@ -916,7 +940,7 @@ def find_generator(path, teacher=''):
         path = newest[-1]
     root = unet.locate(path)
     if root.is_file():
-        unet.read_tensors(root)
+        unet.read_tensors(root)                         # says what is wrong with other files
         with safe_open(root, 'pt') as file:             # export() writes generator.json there
             info = json.loads((file.metadata() or {}).get('generator', '{}'))
     else:
@@ -981,7 +1005,7 @@ def choose_device(name):
                         'another device, or install a torch for it') from None
     if device.type == 'cuda':
         torch.cuda.set_device(device)
-    # fp32 means fp32: official sid_training_loop.py 241-242. torch's default is TF32.
+    # fp32 means fp32: official sid_training_loop.py 241-242. torch would use TF32 in convolutions.
     torch.backends.cudnn.allow_tf32 = False
     return device
 
@@ -1000,7 +1024,7 @@ class PromptEncoder:
         sizes, context_dim = self.net.sizes, net.sizes['context_dim']
         check(self.tokenizer.size == sizes['vocab'],
               f'the text encoder of {path} has {sizes["vocab"]} tokens, but its tokenizer has '
-              f'{self.tokenizer.size}; give --tokenizer, the folder that was saved with it')
+              f'{self.tokenizer.size}; give the tokenizer that was saved with it')
         check(sizes['width'] == context_dim,
               f'the text encoder of {path} makes {sizes["width"]} numbers per token, but the UNet '
               f'needs {context_dim}; give the --teacher that it was made from')
@@ -1011,7 +1035,7 @@ class PromptEncoder:
 
 
 def warn_of_long_prompts(prompts, tokenizer):
-    """Say how many prompts do not fit into 77 tokens, and what is cut off the first of them."""
+    """Say how many prompts do not fit into 77 tokens, and show the lost end of the first."""
     # A token has at least one byte, so most prompts need no closer look.
     long = [prompt for prompt in prompts if len(prompt.encode()) > clip_text.LENGTH - 2]
     cut = [end for end in map(tokenizer.cut, long) if end]
@@ -1022,7 +1046,7 @@ def warn_of_long_prompts(prompts, tokenizer):
 
 def latent_shape(pixels, net, vae):
     """Return (4, h, w) of the latents of square images; 0 pixels mean the UNet's training size."""
-    h = pixels // vae.factor or net.sample_size
+    h = pixels // vae.factor if pixels else net.sample_size
     return 4, h, h
 
 
@@ -1045,6 +1069,7 @@ def prompts_of(teacher):
 def check_settings(config):
     """Raise UserError for settings of train that make no sense."""
     c = config
+    check(not (c.out and c.resume), '--resume names the run folder; leave out --out')
     check(len(c.kappa) == 3, f'--kappa must be one number or three, found {len(c.kappa)}')
     numbers = {f.name: (getattr(c, f.name),) for f in fields(c) if f.type is float}
     for name, values in {**numbers, 'kappa': c.kappa}.items():
@@ -1102,7 +1127,7 @@ def train_config(**given):
     if run and run.is_file():
         file = run
     else:
-        file = Path(unet.locate(given.get('teacher', TINY_TEACHER))) / 'sid_lsg.json'
+        file = unet.locate(given.get('teacher', TINY_TEACHER)) / 'sid_lsg.json'
     saved = unet.read_json(file) if file.is_file() else {}
     settings = {f.name: f for f in fields(TrainConfig)}
     for name, value in saved.items():
@@ -1113,14 +1138,14 @@ def train_config(**given):
         check(type(value) is kind, f'{file} has {name} {value!r}, which must be of type '
                                    f'{"list" if kind is tuple else kind.__name__}')
         check(not choices or value in (*choices, settings[name].default),
-              f'{file} has {name} {value!r}, which must be one of {", ".join(choices or ())}')
+              f'{file} has {name} {value!r}, which must be one of {choices}')
         saved[name] = absolute(value) if name in PATHS else value
     config = TrainConfig(**{**saved, **given})
     if file == run:
         for name in sorted(set(given) - set(FREE)):
-            check(getattr(config, name) == saved[name],
+            check(getattr(config, name) == saved.get(name),
                   f'--{name.replace("_", "-")} cannot change when {given["resume"]} is resumed (it '
-                  f'was {saved[name]}); leave it out, or start a new run')
+                  f'was {saved.get(name)}); leave it out, or start a new run')
     return config
 
 
@@ -1147,7 +1172,7 @@ def parse(arguments):
             text, more = f.metadata['help'], {}
             if 'group' in f.metadata:
                 group = command.add_argument_group(f.metadata['group'])
-            if f.default not in ('', (), False) and 'default' not in text:
+            if f.type in (int, float, tuple) and f.default != () and 'default' not in text:
                 text += f' (default: {f.default[0] if f.type is tuple else f.default})'
             if f.type is bool:
                 more = dict(action='store_true')

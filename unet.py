@@ -252,7 +252,7 @@ class UNet(nn.Module):
         super().__init__()
         self.sizes = dict(channels=list(channels), context_dim=context_dim, heads=heads,
                           layers=layers, groups=groups, attention=list(attention))
-        self.sample_size = 64       # H and W of the training latents; nothing is computed from it
+        self.sample_size = 64       # H and W of the training latents; the UNet itself takes any
         c_time, levels = 4 * channels[0], len(channels)
         self.conv_in = nn.Conv2d(4, channels[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(channels[0], c_time)
@@ -305,7 +305,7 @@ PREFIX = {'unet': 'model.diffusion_model.', 'vae': 'first_stage_model.',
 STEM = {'unet': 'diffusion_pytorch_model', 'vae': 'diffusion_pytorch_model',
         'text_encoder': 'model'}
 
-# Tensors of CLIP that its text embeddings are not computed from.
+# CLIP's tensors that Stable Diffusion does not use.
 UNUSED = ('position_ids', 'logit_scale', 'text_projection', 'text_projection.weight')
 
 
@@ -353,7 +353,7 @@ def read_json(file):
 
 
 def read_tensors(file):
-    """Return {name: tensor} of a .safetensors file, memory-mapped. Nothing else is ever opened."""
+    """Return {name: tensor} of a .safetensors file, memory-mapped. Pickles are never opened."""
     try:
         return load_file(file)
     except SafetensorError as error:
@@ -389,7 +389,7 @@ def one(value):
 
 
 def check_config(config, fixed, file):
-    """Raise UserError if a config has a value that the network here does not compute with."""
+    """Raise UserError if a config has a value that the network here does not support."""
     for key, needed in fixed.items():
         found = one(config.get(key, needed))
         check(found == needed or (found is None and needed is False),
@@ -397,7 +397,7 @@ def check_config(config, fixed, file):
               f'{json.dumps(needed)}; give a Stable Diffusion 1.5')
 
 
-def size(config, key, file, default=None):
+def config_int(config, key, file, default=None):
     """Return a size in a config: an integer above 0, or a list of equal ones."""
     value = one(config.get(key, default))
     check(type(value) is int and 0 < value < 2 ** 17,
@@ -405,12 +405,12 @@ def size(config, key, file, default=None):
     return value
 
 
-def levels(config, key, file):
+def config_ints(config, key, file):
     """Return the list of sizes in a config."""
     values = config.get(key)
     check(isinstance(values, list) and 0 < len(values) < 10,
           f'the config of {file} must give {key} as a list of integers, found {json.dumps(values)}')
-    return [size({key: value}, key, file) for value in values]
+    return [config_int({key: value}, key, file) for value in values]
 
 
 def fill(net, tensors, names, file, dtype, prefix=''):
@@ -561,9 +561,9 @@ def original_names(net):
 def from_config(config, tensors, file, dtype=torch.float32):
     """Build the UNet of a diffusers config, with {name: tensor} under diffusers' names."""
     check_config(config, FIXED, file)
-    channels = levels(config, 'block_out_channels', file)
-    heads = size(config, 'attention_head_dim', file)
-    groups = size(config, 'norm_num_groups', file, default=32)
+    channels = config_ints(config, 'block_out_channels', file)
+    heads = config_int(config, 'attention_head_dim', file)
+    groups = config_int(config, 'norm_num_groups', file, default=32)
     down, up = config.get('down_block_types'), config.get('up_block_types')
     kinds = down if isinstance(down, list) else []
     attention = [kind == 'CrossAttnDownBlock2D' for kind in kinds]
@@ -574,10 +574,10 @@ def from_config(config, tensors, file, dtype=torch.float32):
           f'the config of {file} has block_out_channels {channels}, which must be even multiples '
           f'of attention_head_dim {heads} and norm_num_groups {groups}')
     with torch.device('meta'):   # no memory and no random numbers for weights that will be replaced
-        net = UNet(channels, size(config, 'cross_attention_dim', file), heads,
-                   size(config, 'layers_per_block', file), groups, attention)
+        net = UNet(channels, config_int(config, 'cross_attention_dim', file), heads,
+                   config_int(config, 'layers_per_block', file), groups, attention)
     if config.get('sample_size') is not None:
-        net.sample_size = size(config, 'sample_size', file)
+        net.sample_size = config_int(config, 'sample_size', file)
     return fill(net, tensors, {key: key for key in net.state_dict()}, file, dtype)
 
 
@@ -657,7 +657,7 @@ def save(net, folder, dtype=torch.float32):
 def save_pipeline(folder, scheduler='DDPM'):
     """Write the files that make a folder with all networks a StableDiffusionPipeline of diffusers.
 
-    The DDPM scheduler makes the one step of a generator, from t_init to 0, exact."""
+    With timesteps=[t_init] and latents=sigma * z, its DDPM scheduler makes a generator's step."""
     (folder / 'scheduler').mkdir(exist_ok=True)
     write_json(folder / 'scheduler' / 'scheduler_config.json', {
         **SCHEDULE, '_class_name': f'{scheduler}Scheduler', 'clip_sample': False,

@@ -15,12 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from unet import PREFIX, check, check_config, fill, levels, open_part, save_part, size
+from unet import PREFIX, check, check_config, config_int, config_ints, fill, open_part, save_part
 
 
 def group_norm(groups, width):
-    # eps is 1e-6 in every norm (model.py 38-39). torch's default of 1e-5 gives images that look
-    # right and are not.
+    # eps is 1e-6 in every norm (model.py 38-39). torch's default of 1e-5 gives wrong images.
     return nn.GroupNorm(groups, width, eps=1e-6)
 
 
@@ -230,8 +229,8 @@ def original_name(key):
 def from_config(config, file):
     """Build the VAE of a diffusers config on the meta device."""
     check_config(config, FIXED, file)
-    channels = levels(config, 'block_out_channels', file)
-    groups = size(config, 'norm_num_groups', file, default=32)
+    channels = config_ints(config, 'block_out_channels', file)
+    groups = config_int(config, 'norm_num_groups', file, default=32)
     scale = config.get('scaling_factor', 0.18215)       # SD 1.5's config.json does not have it
     for key in ('down_block_types', 'up_block_types'):
         types = config.get(key)
@@ -242,7 +241,7 @@ def from_config(config, file):
     check(type(scale) in (int, float) and 0 < scale < float('inf'),
           f'the config of {file} must give scaling_factor as a number above 0, found {scale}')
     with torch.device('meta'):
-        return VAE(channels, size(config, 'layers_per_block', file), groups, scale)
+        return VAE(channels, config_int(config, 'layers_per_block', file), groups, scale)
 
 
 def load(path, dtype=torch.float32):

@@ -246,9 +246,9 @@ def official(folder, config, device):
 
     def loss_of(half, texts, z, t, eps):
         tokens, null = tokenize(texts).to(device), tokenize(['']).to(device)
-        with torch.set_grad_enabled(half == 'theta'):
+        with torch.set_grad_enabled(half == 'G'):
             x_g = sid_lsg.generate(encoding(G), z, tokens, config.t_init)
-        if half == 'psi':
+        if half == 'fake':
             return sid_lsg.fake_score_loss(
                 encoding(fake), x_g, t, eps, tokens, null, config.kappa[0])
         x_t = add_noise(x_g, eps, t)
@@ -259,15 +259,15 @@ def official(folder, config, device):
 
     def iterate(iteration):
         losses = []
-        for half, net in (('psi', fake), ('theta', G)):
-            fake.requires_grad_(half == 'psi')
+        for half, net in (('fake', fake), ('G', G)):
+            fake.requires_grad_(half == 'fake')
             losses.append(0.0)
             for indices in torch.arange(config.batch).split(config.micro_batch):
-                texts, *tensors = sid_lsg.draw_samples(
+                texts, z, _, t, eps = sid_lsg.draw_samples(
                     config, prompts, shape, iteration, half, indices)
                 with torch.autocast(device.type, DTYPES[config.precision],
                                     enabled=config.precision != 'fp32'):
-                    loss = loss_of(half, texts, *(x.to(device) for x in tensors))
+                    loss = loss_of(half, texts, *(x.to(device) for x in (z, t, eps)))
                 loss = loss * len(indices) / config.batch
                 loss.backward()
                 losses[-1] += loss.item()
@@ -338,11 +338,11 @@ def count_memory(folder, precision='fp32', ema_device='', recompute=False, batch
                             for n, like in ((batch, x), (batch, context), (1, context)))
         eps, t = torch.empty_like(z), torch.empty(batch, dtype=torch.int64)
         autocast = torch.autocast('cpu', DTYPES[precision], enabled=precision != 'fp32')
-        for half in ('psi', 'psi', 'theta', 'theta'):
-            with autocast, torch.set_grad_enabled(half == 'theta'):
+        for half in ('fake', 'fake', 'G', 'G'):
+            with autocast, torch.set_grad_enabled(half == 'G'):
                 x_g = sid_lsg.generate(G, z, context)
             with autocast:
-                if half == 'psi':
+                if half == 'fake':
                     loss = sid_lsg.fake_score_loss(fake, x_g, t, eps, context, null, kappa)
                 else:
                     fake.requires_grad_(False)

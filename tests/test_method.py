@@ -78,13 +78,13 @@ def test_the_generator_denoises_from_t_init(batch, steps):
     """sigma z enters the network, not z. Later steps add new noise at int(625 (1 - i / steps))."""
     z, _, _, context, _ = batch
     net, noise = small_unet(), [torch.full_like(z, value) for value in (0.3, -0.2, 0.1)]
-    timesteps, x, source = {1: [625], 2: [625, 312], 4: [625, 468, 312, 156]}[steps], 0, iter(noise)
+    timesteps, x = {1: [625], 2: [625, 312], 4: [625, 468, 312, 156]}[steps], 0
     with torch.no_grad():
         for s, new in zip(timesteps, [z, *noise]):
             a, sigma = sid_lsg.ALPHA[s], sid_lsg.SIGMA[s]
             x_t = a * x + sigma * new
             x = (x_t - sigma * net(x_t, torch.full((5,), s), context)) / a
-        x_g = sid_lsg.generate(net, z, context, 625, steps, lambda z: next(source))
+        x_g = sid_lsg.generate(net, z, context, 625, steps, noise[:steps - 1])
     assert torch.allclose(x_g, x, atol=1e-4)
 
 
@@ -104,24 +104,30 @@ def test_the_fake_score_loss_and_its_gradient_match_the_official_formula(batch):
     assert_same_gradients(net, plain)
 
 
-@pytest.mark.parametrize('alpha', [1.0, 0.5, 1.2])
-def test_the_generator_loss_and_its_gradient_match_the_official_formula(batch, alpha):
-    """Gradients reach the generator through x_g, x_t and both frozen networks."""
+@pytest.mark.parametrize('alpha, n', [(1.0, 1), (0.5, 1), (1.2, 1), (1.0, 2), (1.2, 4)])
+def test_the_generator_loss_and_its_gradient_match_the_official_formula(batch, alpha, n):
+    """Gradients reach the generator through x_g, x_t and both frozen networks.
+
+    A generator of four steps that trains step n gets them from that step alone."""
     z, eps, t, context, null = batch
+    more = list(torch.randn(n - 1, *z.shape, generator=torch.Generator().manual_seed(1)))
     teacher, fake = small_unet(1).requires_grad_(False), small_unet(2).requires_grad_(False)
     G, plain = small_unet(3), small_unet(3)
-    x_g = sid_lsg.generate(G, z, context)
+    x_g = sid_lsg.generate(G, z, context, 625, 4, more)
     x_t = sid_lsg.add_noise(x_g, eps, t)
     x_psi = sid_lsg.predict_x0(sid_lsg.guided(fake, x_t, t, context, null, 1.5), x_t, t)
     x_phi = sid_lsg.predict_x0(sid_lsg.guided(teacher, x_t, t, context, null, 3.0), x_t, t)
     loss = sid_lsg.generator_loss(x_g, x_phi, x_psi, alpha)
     loss.backward()
 
-    a625, s625, total = sid_lsg.ALPHA[625], sid_lsg.SIGMA[625], 0
+    total = 0
     for i in range(5):
-        noise, c = s625 * z[i:i + 1], context[i:i + 1]
+        g, c = torch.zeros_like(z[:1]), context[i:i + 1]
+        for s, new in zip([625, 468, 312, 156], [z, *more]):
+            a, sigma = sid_lsg.ALPHA[s], sid_lsg.SIGMA[s]
+            noisy = a * g.detach() + sigma * new[i:i + 1]
+            g = (noisy - sigma * plain(noisy, torch.tensor(s), c)) / a
         a, sigma = sid_lsg.ALPHA[t[i]], sid_lsg.SIGMA[t[i]]
-        g = (noise - s625 * plain(noise, torch.tensor(625), c)) / a625
         noisy = a * g + sigma * eps[i]
         e_psi = -0.5 * fake(noisy, t[i], null) + 1.5 * fake(noisy, t[i], c)
         e_phi = -2.0 * teacher(noisy, t[i], null) + 3.0 * teacher(noisy, t[i], c)
@@ -137,6 +143,15 @@ def test_the_generator_loss_and_its_gradient_match_the_official_formula(batch, a
     assert_same_gradients(G, plain)
 
 
+def test_autocast_loses_no_gradient_of_a_later_step(batch):
+    """Autocast keeps weights that it cast in a step without gradient, and would use them again."""
+    z, _, _, context, _ = batch
+    G = small_unet()
+    with torch.autocast('cpu', torch.bfloat16):
+        sid_lsg.generate(G, z, context, 625, 4, [z, z]).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in G.parameters())
+
+
 def draw(iteration, half, indices, drop=0.0, prompts=10, **settings):
     config = sid_lsg.TrainConfig(**dict(batch=8, seed=3) | settings)
     prompts = [f'prompt {i}' for i in range(prompts)]
@@ -145,22 +160,36 @@ def draw(iteration, half, indices, drop=0.0, prompts=10, **settings):
 
 
 def test_random_draws_depend_on_the_sample_and_not_on_the_micro_batch():
-    texts, z, t, eps = draw(5, 'theta', range(8))
-    part_texts, part_z, part_t, part_eps = draw(5, 'theta', [3, 4])
+    texts, z, noise, t, eps = draw(5, 'G', range(8))
+    part_texts, part_z, _, part_t, part_eps = draw(5, 'G', [3, 4])
     assert part_texts == texts[3:5] and torch.equal(part_z, z[3:5])
-    assert torch.equal(part_t, t[3:5]) and torch.equal(part_eps, eps[3:5])
-    others = (draw(5, 'psi', range(8)), draw(6, 'theta', range(8)),
-              draw(5, 'theta', range(8), seed=4))
+    assert torch.equal(part_t, t[3:5]) and torch.equal(part_eps, eps[3:5]) and noise == []
+    others = (draw(5, 'fake', range(8)), draw(6, 'G', range(8)),
+              draw(5, 'G', range(8), seed=4))
     for other in others:
-        assert not torch.equal(other[1], z) and not torch.equal(other[3], eps)
+        assert not torch.equal(other[1], z) and not torch.equal(other[4], eps)
     assert not torch.equal(z, eps) and abs(z.mean()) < 0.1 and abs(z.std() - 1) < 0.1
+
+
+def test_several_steps_draw_one_number_per_iteration_and_leave_the_rest_as_it_is():
+    counts = []
+    for iteration in range(200):
+        _, z, noise, _, eps = draw(iteration, 'G', range(2), steps=4)
+        for half, indices in (('fake', range(2)), ('G', [1])):
+            assert len(draw(iteration, half, indices, steps=4)[2]) == len(noise)
+        counts.append(len(noise))
+    assert set(counts) == {0, 1, 2, 3} and min(map(counts.count, range(4))) > 30
+    assert torch.equal(z, draw(199, 'G', range(2))[1])
+    assert torch.equal(eps, draw(199, 'G', range(2))[4])
+    _, z, noise, _, eps = draw(counts.index(3), 'G', range(2), steps=4)
+    assert len({x.sum().item() for x in (z, eps, *noise)}) == 5
 
 
 def test_an_epoch_uses_every_prompt_once_and_a_tenth_is_dropped():
     seen, timesteps, dropped = [], [], 0
     for iteration in range(100):
-        for half in ('psi', 'theta'):
-            texts, _, t, _ = draw(iteration, half, range(8))
+        for half in ('fake', 'G'):
+            texts, _, _, t, _ = draw(iteration, half, range(8))
             seen += texts
             timesteps += t.tolist()
             dropped += draw(iteration, half, range(8), drop=0.1)[0].count('')
@@ -218,8 +247,9 @@ def test_adam_equals_torch_to_the_bit():
 
 
 # No prompt is dropped if the fake score network is not guided, whatever --drop says.
-@pytest.mark.parametrize('kappas, dropped', [((0.5, 2.0, 3.0), 0.5), ((1.0, 1.0, 2.0), 0.0)])
-def test_train_is_the_method_written_out(kappas, dropped, teacher, tmp_path):
+@pytest.mark.parametrize('kappas, dropped, steps', [
+    ((0.5, 2.0, 3.0), 0.5, 1), ((1.0, 1.0, 2.0), 0.0, 1), ((1.5, 1.5, 1.5), 0.5, 4)])
+def test_train_is_the_method_written_out(kappas, dropped, steps, teacher, tmp_path):
     """Two iterations of train() equal the whole method, written a second time.
 
     Here are no micro-batches and no frozen weights, but autograd.grad and Adam's formula."""
@@ -227,7 +257,7 @@ def test_train_is_the_method_written_out(kappas, dropped, teacher, tmp_path):
     out = tmp_path / 'run'
     config = sid_lsg.train_config(
         teacher=str(teacher), out=str(out), kappa=kappas, alpha=alpha, batch=batch, micro_batch=2,
-        lr=lr, fake_lr=2 * lr, drop=0.5, kimg=0.008, ema_rampup=2.0)
+        lr=lr, fake_lr=2 * lr, drop=0.5, kimg=0.008, ema_rampup=2.0, steps=steps, seed=1)
     sid_lsg.train(config)
     log = [json.loads(line) for line in (out / 'log.jsonl').read_text().splitlines()]
 
@@ -244,9 +274,13 @@ def test_train_is_the_method_written_out(kappas, dropped, teacher, tmp_path):
     def guided(net, x_t, t, c, kappa):
         return (1 - kappa) * net(x_t, t, encode([''] * batch)) + kappa * net(x_t, t, c)
 
-    def generate(z, c):
-        a, sigma, s = sid_lsg.ALPHA[625], sid_lsg.SIGMA[625], torch.full((batch,), 625)
-        return (sigma * z - sigma * G(sigma * z, s, c)) / a
+    def generate(z, c, noise):
+        x = 0
+        for s, new in zip([625, 468, 312, 156], [z, *noise]):
+            a, sigma = sid_lsg.ALPHA[s], sid_lsg.SIGMA[s]
+            x_t = a * (x.detach() if s < 625 else 0) + sigma * new
+            x = (x_t - sigma * G(x_t, torch.full((batch,), s), c)) / a
+        return x
 
     def adam(net, loss, rate, n):
         gradients = torch.autograd.grad(loss, list(net.parameters()))
@@ -258,16 +292,17 @@ def test_train_is_the_method_written_out(kappas, dropped, teacher, tmp_path):
 
     for n in (1, 2):
         def draw(half, drop):
-            texts, z, t, eps = sid_lsg.draw_samples(config, prompts, (4, 4, 4), n - 1, half,
-                                                    torch.arange(batch), drop)
+            texts, z, noise, t, eps = sid_lsg.draw_samples(
+                config, prompts, (4, 4, 4), n - 1, half, torch.arange(batch), drop)
+            assert len(noise) == (n if steps > 1 else 0)        # of this seed
             a, sigma = (table[t][:, None, None, None] for table in (sid_lsg.ALPHA, sid_lsg.SIGMA))
-            return encode(texts), z, t, eps, a, sigma
-        c, z, t, eps, a, sigma = draw('psi', dropped)
-        x_t = a * generate(z, c).detach() + sigma * eps
+            return encode(texts), z, noise, t, eps, a, sigma
+        c, z, noise, t, eps, a, sigma = draw('fake', dropped)
+        x_t = a * generate(z, c, noise).detach() + sigma * eps
         loss_fake = ((guided(psi, x_t, t, c, kappa1) - eps) ** 2).sum() / batch
         expected = dict(loss_fake=loss_fake.item(), grad_fake=adam(psi, loss_fake, 2 * lr, n))
-        c, z, t, eps, a, sigma = draw('theta', 0.0)
-        x_g = generate(z, c)
+        c, z, noise, t, eps, a, sigma = draw('G', 0.0)
+        x_g = generate(z, c, noise)
         x_t = a * x_g + sigma * eps
         x_psi = (x_t - sigma * guided(psi, x_t, t, c, kappa2)) / a
         x_phi = (x_t - sigma * guided(phi, x_t, t, c, kappa4)) / a

@@ -219,7 +219,7 @@ def test_a_run_resumes_with_its_own_teacher_and_prompts_alone(part, whole, teach
         module.save(net, other / part)
     config = (folder / 'config.json').read_text()
     fault = 'prompts' if part == 'prompts' else 'teacher'
-    with pytest.raises(UserError, match=f'another {fault} than --{fault} gives'):
+    with pytest.raises(UserError, match=f'made with different {fault}; give --{fault} as before'):
         train(folder, other, prompts=str(other / 'prompts.txt'), kimg=1.0)
     assert (folder / 'config.json').read_text() == config != settings   # a refusal changes nothing
 
@@ -287,10 +287,10 @@ def test_ten_iterations_of_nan_stop_a_run_and_leave_its_weights_alone(count, sto
     draw_samples, folder = sid_lsg.draw_samples, tmp_path / 'run'
 
     def broken(config, prompts, shape, iteration, half, indices, drop=0.0):
-        texts, z, t, eps = draw_samples(config, prompts, shape, iteration, half, indices, drop)
+        texts, z, *others = draw_samples(config, prompts, shape, iteration, half, indices, drop)
         if 4 <= iteration < 4 + count:
             z[0, 0, 0, 0] = torch.nan
-        return texts, z, t, eps
+        return texts, z, *others
     monkeypatch.setattr(sid_lsg, 'draw_samples', broken)
     with pytest.raises(UserError, match='NaN') if stops else contextlib.nullcontext():
         train(folder, teacher, **{**LENGTH, 'kimg': 0.128})
