@@ -424,7 +424,7 @@ def fill(net, tensors, names, file, dtype, prefix=''):
                if name.startswith(prefix) and not name.endswith(UNUSED)}
     for name, like in needed.items():
         w = weights.get(name)
-        if w is not None and w.ndim > 2 and like.ndim == 2 and w.shape[2:].numel() == 1:
+        if w is not None and like.ndim == 2 and w.shape[2:] == (1, 1):
             weights[name] = w.flatten(1)            # a 1 x 1 convolution is a Linear
     missing = [name for name in needed if name not in weights]
     extra = [name for name in weights if name not in needed]
