@@ -250,6 +250,7 @@ def load_stats(path):
     check(mu.shape == (FEATURES,) and sigma.shape == (FEATURES, FEATURES) and np.isfinite(mu).all()
           and abs(sigma - sigma.T).max() <= 1e-3 * abs(sigma).max(),
           f'{path} has no mean and covariance of {FEATURES} finite features; give another')
+    check(preset in ('', *PRESETS), f'{path} has the preset {preset}; make it again with fid.py')
     return dict(mu=mu, sigma=sigma, n=n, preset=preset, weights_sha256=weights)
 
 

@@ -131,7 +131,7 @@ class TrainConfig:
                       metavar='FOLDER')
     resume: str = option('', 'run folder to resume, or to begin if it is not there; options that '
                          'do not change the result may differ', metavar='FOLDER')
-    save_kimg: float = option(50.0, 'thousand images between states; each comes with the generator '
+    save_kimg: float = option(200.0, 'thousand images between states; each comes with the generator '
                               'and an image grid, and two are kept')
     fid_stats: str = option('', 'statistics from fid.py --save-stats, to compute FID while '
                             'training', metavar='FILE')
@@ -288,8 +288,8 @@ def train(config):
         for indices in run.micro_batches:
             context, z, noise, t, eps = run.draw(iteration, 'fake', indices, drop)
             with run.autocast():
-                with torch.no_grad():               # this loss does not train the generator
-                    x_g = generate(G, z, context, config.t_init, config.steps, noise)
+                x_g = generate(G, z, context, config.t_init, config.steps, noise)
+                x_g = x_g.detach()                  # this loss does not train the generator
                 loss_fake = fake_score_loss(fake, x_g, t, eps, context, null, kappa1) * share
             loss_fake.backward()
             run.log.add(loss_fake=loss_fake)
@@ -517,11 +517,13 @@ class Run:
         if self.stats:
             weights = config.fid_weights or fid.default_weights()
             self.inception = fid.load_inception(weights).to(self.device)
+            if self.stats['weights_sha256'] not in ('', self.inception.sha256):
+                fid.warn(f'{config.fid_stats} comes from other Inception weights than {weights}')
         self.teacher = place(unet.load(config.teacher), self.device)
         self.vae = place(vae_module.load(config.teacher), self.device)
-        self.encode = PromptEncoder(config.teacher, config.tokenizer, self.teacher, self.device)
+        self.encoder = PromptEncoder(config.teacher, config.tokenizer, self.teacher, self.device)
         self.fingerprints = dict(
-            teacher=fingerprint(self.encode.tokenizer, self.teacher, self.vae, self.encode.net),
+            teacher=fingerprint(self.encoder.tokenizer, self.teacher, self.vae, self.encoder.net),
             prompts=hashlib.sha256('\n'.join(self.prompts).encode()).hexdigest())
         self.null = self.encode([''])
         self.shape = latent_shape(config.size, self.teacher, self.vae)
@@ -529,7 +531,10 @@ class Run:
         self.G.requires_grad_(True)     # teacher and ema stay frozen, train() switches fake
         self.ema.to(config.ema_device or self.device)
         if config.precision == 'bf16':
-            self.teacher.to(torch.bfloat16)     # its weights never change, so they need no fp32
+            # These weights never change, so they need no fp32. Autocast keeps those of norms in fp32.
+            for module in self.teacher.modules():
+                if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+                    module.to(torch.bfloat16)
         for net in (self.teacher, self.G, self.fake):
             if config.recompute:
                 recompute_in_backward(net)
@@ -540,6 +545,8 @@ class Run:
                                fake=Adam(self.fake, config.fake_lr, eps))
         self.micro_batches = torch.arange(config.batch)[RANK::WORLD].split(config.micro_batch)
         self.iterations = math.ceil(round(config.kimg * 1000, 6) / config.batch)
+
+        torch.backends.cudnn.benchmark = True   # shapes are fixed, so the fastest kernels pay off
 
         # Last the state, if there is one.
         self.first, self.signal = 0, 0
@@ -552,7 +559,7 @@ class Run:
             say(f'Distilling {config.teacher} into {self.out} on {self.device} in '
                 f'{config.precision}: kappa {config.kappa}, {len(self.prompts)} prompts, images '
                 f'{seen} to {self.iterations * config.batch}')
-            warn_of_long_prompts(self.prompts[:1000], self.encode.tokenizer)
+            warn_of_long_prompts(self.prompts[:1000], self.encoder.tokenizer)
             self.save_images(seen)              # the start, or those that an interruption left out
         self.handlers = {}
         for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1'):
@@ -565,6 +572,10 @@ class Run:
     def autocast(self):
         return torch.autocast(self.device.type, DTYPES[self.config.precision],
                               enabled=self.config.precision != 'fp32')
+
+    def encode(self, prompts):
+        with self.autocast():
+            return self.encoder(prompts)
 
     def draw(self, iteration, half, indices, drop=0.0):
         """Draw context, z, noise (a list), t and eps of a micro-batch, on the device."""
@@ -805,10 +816,10 @@ def sample(config):
             batch = [jobs[i] for i in indices]
             images = sample_images(sampler, vae, encode([text for text, _ in batch]),
                                    [seed for _, seed in batch], shape, info.get('steps', 1))
-            for path in saving:
-                print(path.result(), flush=True)
-            saving = [pool.submit(save_png, image, out / f'{i:06d}.png', prompt=text, seed=seed)
-                      for i, image, (text, seed) in zip(indices, images, batch)]
+            saving += [pool.submit(save_png, image, out / f'{i:06d}.png', prompt=text, seed=seed)
+                       for i, image, (text, seed) in zip(indices, images, batch)]
+            while len(saving) > 2 * config.batch:           # two batches wait for the threads
+                print(saving.pop(0).result(), flush=True)
             if time.time() - printed > 5:
                 printed, done = time.time(), start + len(indices)
                 pace = (printed - began) / done
@@ -998,6 +1009,7 @@ def choose_device(name):
     name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
     if name == 'cuda' and TORCHRUN:
         name = f'cuda:{os.environ["LOCAL_RANK"]}'
+    check(name.startswith(('cuda', 'cpu')), f'--device {name} is not supported; give cuda or cpu')
     try:
         device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:

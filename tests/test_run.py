@@ -326,14 +326,21 @@ def test_recompute_gives_the_same_gradients_with_less_memory(teacher):
 
 @pytest.mark.parametrize('precision', ['bf16', 'fp16'])
 def test_half_precision_keeps_fp32_weights(precision, teacher, tmp_path, monkeypatch):
-    """Only the teacher, which never changes, is in bf16. fp16 has a larger eps and a clip."""
+    """Only the teacher, which never changes, is in bf16. fp16 has a larger eps and a clip.
+
+    The teacher in bf16 predicts what the fake score network, its copy, predicts under autocast."""
     runs, clips, update, close = [], [], sid_lsg.update, sid_lsg.Run.close
     monkeypatch.setattr(sid_lsg, 'update', lambda o, clip: clips.append(clip) or update(o, clip))
     monkeypatch.setattr(sid_lsg.Run, 'close', lambda run: runs.append(run) or close(run))
     train(tmp_path / 'run', teacher, kimg=0.016, precision=precision)
+    run = runs[0]
+    assert {p.dtype for net in (run.G, run.fake) for p in net.parameters()} == {torch.float32}
     half = torch.bfloat16 if precision == 'bf16' else torch.float32
-    for name, dtype in dict(teacher=half, G=torch.float32, fake=torch.float32).items():
-        assert {p.dtype for p in getattr(runs[0], name).parameters()} == {dtype}
+    assert run.teacher.conv_in.weight.dtype == half
+    x, t, copy = torch.randn(2, 4, 4, 4), torch.tensor([20, 900]), unet.load(teacher)
+    with run.autocast(), torch.no_grad():
+        context = run.encode(['a red star', ''])
+        assert torch.equal(run.teacher(x, t, context), copy(x, t, context))
     clip, eps = dict(bf16=(math.inf, 1e-8), fp16=(1.0, 1e-6))[precision]
     assert clips == 2 * [math.inf, clip] and runs[0].optimizers['G'].eps == eps
     assert all(w.isfinite().all() for w in state(tmp_path / 'run', 16).values())
@@ -347,7 +354,9 @@ def stand_in_for_inception(setattr=setattr):
         return torch.nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)
     stats = dict(mu=np.zeros(12), sigma=np.eye(12), n=9, preset='', weights_sha256='')
     setattr(fid, 'load_stats', lambda path: stats)
-    setattr(fid, 'load_inception', lambda path: torch.nn.Identity())
+    inception = torch.nn.Identity()
+    inception.sha256 = ''
+    setattr(fid, 'load_inception', lambda path: inception)
     setattr(fid, 'features', features)
 
 
