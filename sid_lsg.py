@@ -539,7 +539,7 @@ class Run:
             if config.recompute:
                 recompute_in_backward(net)
             if config.compile:
-                net.compile(dynamic=False)
+                net.compile(dynamic=False, fullgraph=True)
         eps = 1e-6 if config.precision == 'fp16' else 1e-8      # as the official code has it
         self.optimizers = dict(G=Adam(self.G, config.lr, eps),
                                fake=Adam(self.fake, config.fake_lr, eps))
