@@ -117,7 +117,6 @@ def main(arguments=None):
 
 
 def score(args):
-    unet.check(args.sets > 0, '--sets must be above 0')
     exam = Exam(args.teacher, args.captions)
     makers = {'teacher, 1 step': lambda z, context: sid_lsg.generate(exam.teacher, z, context)}
     makers |= {f'{run}, 1 step': exam.generator(run) for run in args.runs}
