@@ -97,12 +97,12 @@ def ceiling(device, precision):
     return 10 * 2 * n ** 3 / took
 
 
-def print_row(args, work, ours, theirs, bar, count=0):
+def print_row(device, precision, work, ours, theirs, bar, count=0):
     """Print the seconds of both sides, and the speed at which ours did `count` FLOPs."""
-    line = f'{work}, {args.precision}: {ours:.4f} s, diffusers {theirs:.4f} s, '
+    line = f'{work}, {precision}: {ours:.4f} s, diffusers {theirs:.4f} s, '
     line += f'ratio {ours / theirs:.2f} (bar {bar})'
     if count:
-        line += f', {count / ours / ceiling(args.device, args.precision):.0%} of ceiling'
+        line += f', {count / ours / ceiling(device, precision):.0%} of ceiling'
     print(line, flush=True)
 
 
@@ -331,7 +331,7 @@ def unet_row(args):
         count = flops(lambda: ours(x, t, context))
         a, b = alternate([lambda: ours(x, t, context), lambda: theirs(x, t, context).sample],
                          device, args.turns)
-    print_row(args, f'UNet, {batch} x {8 * h} px', a, b, 1.0, count)
+    print_row(device, args.precision, f'UNet, {batch} x {8 * h} px', a, b, 1.0, count)
     assert difference < (1e-4 if args.precision == 'fp32' else 0.05), difference
 
 
@@ -354,20 +354,21 @@ def image_row(args):
     def theirs():
         pipe(PROMPT, timesteps=[625], guidance_scale=1.0)
     a, b = alternate([ours, theirs], device, args.turns)
-    print_row(args, f'{8 * net.sample_size} px in one step', a, b, 1.0, flops(ours))
+    print_row(device, args.precision, f'{8 * net.sample_size} px in one step', a, b, 1.0,
+              flops(ours))
 
 
 def iteration_row(args):
     """a training iteration, compared with the arrangement of the official code"""
     device, cases = args.device, [(TINY, {}, 0.65)]
     if device.type == 'cuda' and not args.tiny:     # on a CPU it would take many minutes
-        cases.append((args.folder, dict(batch=2 * args.micro_batch, micro_batch=args.micro_batch),
-                      0.9))
+        cases.append((args.folder, dict(batch=2 * args.micro_batch, micro_batch=args.micro_batch,
+                                        precision=args.precision), 0.9))
     for folder, settings, bar in cases:
         ours, theirs = [], []
         for _ in range(args.turns):
             free(device)
-            settings |= dict(teacher=str(folder), device=str(device), precision=args.precision)
+            settings |= dict(teacher=str(folder), device=str(device))
             config, losses, times = train(TimedRun, args.work, **settings)
             ours += times
             free(device)
@@ -377,8 +378,8 @@ def iteration_row(args):
             off = max(abs(x - y) for x, y in zip(losses, expected)) / expected[0]
             assert off < (1e-4 if config.precision == 'fp32' else 0.02), (losses, expected)
         a, b = statistics.median(ours), statistics.median(theirs)
-        print_row(args, f'training iteration, {folder.name}, batch {config.batch}', a, b, bar,
-                  config.batch * training_flops(folder, config))
+        print_row(device, config.precision, f'training iteration, {folder.name}, batch '
+                  f'{config.batch}', a, b, bar, config.batch * training_flops(folder, config))
 
 
 THEIRS = """
@@ -407,7 +408,7 @@ def start_row(args):
                            check=True)
         # The turn that warms up brings the weights into the page cache.
         a, b = alternate([lambda: start(ours), lambda: start(theirs)], args.device, args.turns)
-        print_row(args, f'start of sample, {folder.name}', a, b, 0.7)
+        print_row(args.device, args.precision, f'start of sample, {folder.name}', a, b, 0.7)
 
 
 def memory_row(args):
