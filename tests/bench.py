@@ -15,17 +15,16 @@ import functools
 import gc
 import io
 import os
-import platform
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
 import weakref
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 os.environ.update(HF_HUB_OFFLINE='1', TRANSFORMERS_VERBOSITY='error', DIFFUSERS_VERBOSITY='error',
@@ -36,6 +35,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -67,25 +67,23 @@ def free(device):
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def seconds(call, device):
-    wait(device)
-    began = time.perf_counter()
-    call()
-    wait(device)
-    return time.perf_counter() - began
-
-
 def alternate(calls, device, turns):
     """Return the median seconds of each call, over turns of all of them, after one to warm up."""
-    for call in calls:
+    times = []
+    for call in (turns + 1) * calls:
+        wait(device)
+        began = time.perf_counter()
         call()
-    times = [[seconds(call, device) for call in calls] for _ in range(turns)]
-    return [statistics.median(column) for column in zip(*times)]
+        wait(device)
+        times.append(time.perf_counter() - began)
+    n = len(calls)
+    return [statistics.median(times[n + i::n]) for i in range(n)]
 
 
 def flops(call):
     """Count the FLOPs of matrix products, convolutions and attention in a call."""
-    with FlopCounterMode(display=False) as counter:
+    # Other kinds of attention are not counted on every device.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         call()
     return counter.get_total_flops()
 
@@ -96,15 +94,16 @@ def ceiling(device, precision):
     n = 8192 if device.type == 'cuda' else 1024
     a, b = torch.randn(2, n, n, device=device, dtype=DTYPES[precision])
     took, = alternate([lambda: [a @ b for _ in range(10)]], device, 5)
-    speed = 10 * 2 * n ** 3 / took
-    print(f'ceiling: {speed / 1e12:.3f} TFLOP/s in a {precision} matrix product', flush=True)
-    return speed
+    return 10 * 2 * n ** 3 / took
 
 
-def print_row(work, ours, theirs, bar, note=''):
-    """Print the seconds of both sides."""
-    print(f'{work}: {ours:.4f} s, diffusers {theirs:.4f} s, ratio {ours / theirs:.2f} (bar {bar})'
-          f'{note}', flush=True)
+def print_row(device, precision, work, ours, theirs, bar, count=0):
+    """Print the seconds of both sides, and the speed at which ours did `count` FLOPs."""
+    line = f'{work}, {precision}: {ours:.4f} s, diffusers {theirs:.4f} s, '
+    line += f'ratio {ours / theirs:.2f} (bar {bar})'
+    if count:
+        line += f', {count / ours / ceiling(device, precision):.0%} of ceiling'
+    print(line, flush=True)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -140,152 +139,90 @@ def make_sd15(work):
     return folder
 
 
-def on_meta(folder):
-    """Return UNet, VAE, latents, timestep and text embeddings of an image, on the meta device.
-
-    They have shapes without content, which is enough to count FLOPs."""
-    net, vae = (module.load(folder, torch.float16).to('meta').float()
-                for module in (unet, vae_module))
-    h = net.sample_size
-    return (net, vae, torch.zeros(1, 4, h, h, device='meta'),
-            torch.zeros(1, dtype=torch.int64, device='meta'),
-            torch.zeros(1, clip_text.LENGTH, net.sizes['context_dim'], device='meta'))
-
-
-def training_flops(folder, kappa, recompute=False):
-    """Count the FLOPs of training, per image."""
-    net, _, x, t, context = on_meta(folder)
-    if recompute:
-        sid_lsg.recompute_in_backward(net)
-
-    def forward_and_backward(trains, scale):
-        """A network that trains needs gradients of its weights, the others of their input."""
-        net.requires_grad_(trains)
-        n = 1 if scale in (0, 1) else 2
-        latents = x.repeat(n, 1, 1, 1).requires_grad_(not trains)
-        return flops(lambda: net(latents, t, context.repeat(n, 1, 1)).sum().backward())
-    with torch.no_grad():
-        generated = flops(lambda: net(x, t, context))               # in the psi-step
-    return (generated + forward_and_backward(True, kappa[0])        # the fake score network
-            + forward_and_backward(True, 1)                         # the theta-step: G, fake, ...
-            + forward_and_backward(False, kappa[1]) + forward_and_backward(False, kappa[2]))
-
-
 # -------------------------------------------------------------------------------------------------
 # Training iterations, here and as the official code arranges them
 
 class TimedRun(sid_lsg.Run):
-    """A run that writes nothing, notes when its iterations end, and stops after `count` + 1."""
-    count = 1
-
-    def __init__(self, config):
-        self.ends, self.losses = [], []
-        super().__init__(config)
-        TimedRun.last = self
+    """A run that writes nothing, but notes when its iterations end, and their losses."""
+    ends, losses, replaced = [], [], {}
 
     def save_images(self, seen):
         pass
 
     def end_iteration(self, iteration):
+        self.losses.append([self.log.row.pop(name).item() for name in ('loss_fake', 'loss_G')])
         wait(self.device)
         self.ends.append(time.perf_counter())
-        self.losses.append([self.log.row[name].item() for name in ('loss_fake', 'loss_G')])
-        super().end_iteration(iteration)
-        return len(self.ends) > self.count
 
 
-def train(count, work, **settings):
-    """Run sid_lsg.train(). Return its config, the seconds of `count` iterations, and the losses.
-
-    The first iteration, which warms up, is not timed; its losses are returned."""
-    out = tempfile.mkdtemp(dir=work)
-    config = sid_lsg.train_config(out=out, kimg=1e6, save_kimg=1e6, drop=0.0, **settings)
-    TimedRun.count = count
-    try:
-        with mock.patch.object(sid_lsg, 'Run', TimedRun), contextlib.redirect_stdout(io.StringIO()):
-            sid_lsg.train(config)
-        ends, losses = TimedRun.last.ends, TimedRun.last.losses[0]
-    finally:
-        TimedRun.last = None                    # its networks would stay in memory
-        signal.signal(signal.SIGINT, signal.default_int_handler)        # a run has its own
-        shutil.rmtree(out)
-    return config, [b - a for a, b in zip(ends, ends[1:])], losses
+def add_noise_one_by_one(x0, eps, t):
+    a, sigma = sid_lsg.schedule_on(t.device)
+    return torch.stack([a[t[i]] * x0[i] + sigma[t[i]] * eps[i] for i in range(len(t))])
 
 
-def official(folder, config, device):
-    """Return a function that runs an iteration on diffusers' networks, as the official code does.
+def predict_x0_one_by_one(eps_hat, x_t, t):
+    a, sigma = sid_lsg.schedule_on(t.device)
+    return torch.stack([(x_t[i] - sigma[t[i]] * eps_hat[i]) / a[t[i]] for i in range(len(t))])
+
+
+class OfficialRun(TimedRun):
+    """The arrangement of the official code, on diffusers' networks.
 
     There every forward pass encodes its prompts, samples are noised and denoised one by one, Adam
     stores a first moment, and memory is collected after each iteration."""
-    from diffusers import UNet2DConditionModel
-    from transformers import CLIPTextModel
-    text = CLIPTextModel.from_pretrained(folder, subfolder='text_encoder', dtype=torch.float32)
-    text.to(device).requires_grad_(False)
-    teacher, fake, G, ema = (
-        UNet2DConditionModel.from_pretrained(folder, subfolder='unet', dtype=torch.float32)
-        .to(device) for _ in range(4))
-    teacher.requires_grad_(False)
-    ema.requires_grad_(False)
-    for net in (teacher, fake, G) if config.compile else ():
-        net.compile(dynamic=False)
-    optimizers = {net: torch.optim.Adam(net.parameters(), lr, betas=(0.0, 0.999))
-                  for net, lr in ((fake, config.fake_lr), (G, config.lr))}
-    prompts = clip_text.read_prompts(folder / 'prompts.txt')
-    tokenize = clip_text.load_tokenizer(folder)
-    shape = (4, G.config.sample_size, G.config.sample_size)
-    a, sigma = sid_lsg.ALPHA.to(device), sid_lsg.SIGMA.to(device)
+    replaced = dict(add_noise=add_noise_one_by_one, predict_x0=predict_x0_one_by_one)
 
-    def add_noise(x0, eps, t):
-        return torch.stack([a[t[i]] * x0[i] + sigma[t[i]] * eps[i] for i in range(len(t))])
+    def __init__(self, config):
+        super().__init__(config)
+        from diffusers import UNet2DConditionModel
+        from transformers import CLIPTextModel
 
-    def predict_x0(eps_hat, x_t, t):
-        return torch.stack([(x_t[i] - sigma[t[i]] * eps_hat[i]) / a[t[i]] for i in range(len(t))])
+        def load(network, folder):
+            net = network.from_pretrained(config.teacher, subfolder=folder, dtype=torch.float32)
+            return net.to(self.device)
+        text = load(CLIPTextModel, 'text_encoder').requires_grad_(False)
 
-    def encoding(net):
-        return lambda x, t, tokens: net(x, t, text(tokens)[0]).sample
+        def encoding(forward):
+            return lambda x, t, tokens: forward(x, t, text(tokens)[0]).sample
+        for name in ('teacher', 'G', 'ema', 'fake'):
+            net = load(UNet2DConditionModel, 'unet').requires_grad_(name in ('G', 'fake'))
+            net.forward = encoding(net.forward)
+            setattr(self, name, net)
+        tokenize = self.encode.tokenizer
+        self.encode = lambda texts: tokenize(texts).to(self.device)
+        self.null = self.encode([''])
+        self.optimizers = {
+            name: torch.optim.Adam(getattr(self, name).parameters(), lr, betas=(0.0, 0.999))
+            for name, lr in (('fake', config.fake_lr), ('G', config.lr))}
 
-    def loss_of(half, texts, z, t, eps):
-        tokens, null = tokenize(texts).to(device), tokenize(['']).to(device)
-        with torch.set_grad_enabled(half == 'G'):
-            x_g = sid_lsg.generate(encoding(G), z, tokens, config.t_init)
-        if half == 'fake':
-            return sid_lsg.fake_score_loss(
-                encoding(fake), x_g, t, eps, tokens, null, config.kappa[0])
-        x_t = add_noise(x_g, eps, t)
-        x_psi, x_phi = (
-            predict_x0(sid_lsg.guided(encoding(net), x_t, t, tokens, null, kappa), x_t, t)
-            for net, kappa in ((fake, config.kappa[1]), (teacher, config.kappa[2])))
-        return sid_lsg.generator_loss(x_g, x_phi, x_psi, config.alpha)
+    def update(self, name):
+        for p in getattr(self, name).parameters():
+            torch.nan_to_num(p.grad, nan=0.0, posinf=1e5, neginf=-1e5, out=p.grad)
+        self.optimizers[name].step()
+        self.optimizers[name].zero_grad()
 
-    def iterate(iteration):
-        losses = []
-        for half, net in (('fake', fake), ('G', G)):
-            fake.requires_grad_(half == 'fake')
-            losses.append(0.0)
-            for indices in torch.arange(config.batch).split(config.micro_batch):
-                texts, z, _, t, eps = sid_lsg.draw_samples(
-                    config, prompts, shape, iteration, half, indices)
-                with torch.autocast(device.type, DTYPES[config.precision],
-                                    enabled=config.precision != 'fp32'):
-                    loss = loss_of(half, texts, *(x.to(device) for x in (z, t, eps)))
-                loss = loss * len(indices) / config.batch
-                loss.backward()
-                losses[-1] += loss.item()
-            for p in net.parameters():
-                torch.nan_to_num(p.grad, nan=0.0, posinf=1e5, neginf=-1e5, out=p.grad)
-            optimizers[net].step()
-            optimizers[net].zero_grad(set_to_none=True)
-        sid_lsg.update_ema(ema, G, sid_lsg.ema_beta(config, iteration * config.batch))
-        gc.collect()
-        if device.type == 'cuda':
-            torch.cuda.empty_cache()
-        return losses
-    patched = mock.patch.multiple(sid_lsg, add_noise=add_noise, predict_x0=predict_x0)
-    return patched(iterate)
+    def end_iteration(self, iteration):
+        free(self.device)
+        super().end_iteration(iteration)
+
+
+def train(run, work, **settings):
+    """Run three iterations of sid_lsg.train() with a subclass of Run.
+
+    Returns its config, the losses of the first iteration, and the seconds of the other two."""
+    run.ends.clear()
+    run.losses.clear()
+    with (tempfile.TemporaryDirectory(dir=work) as out, contextlib.redirect_stdout(io.StringIO()),
+          mock.patch.multiple(sid_lsg, Run=run, **run.replaced)):
+        config = sid_lsg.train_config(out=out, drop=0.0, **settings)
+        config.kimg = 3 * config.batch / 1000
+        sid_lsg.train(config)
+    first, second, third = run.ends
+    return config, run.losses[0], [second - first, third - second]
 
 
 # -------------------------------------------------------------------------------------------------
-# Memory
+# Counting
 
 class Storages(TorchDispatchMode):
     """Counts the bytes of all tensors made inside that are in use (`live`), and their `peak`."""
@@ -309,53 +246,68 @@ class Storages(TorchDispatchMode):
         self.live -= self.known.pop(key)
 
 
-def count_memory(folder, precision='fp32', ema_device='', recompute=False, batch=1, kappa=1.5):
-    """Return the peak of train()'s memory on a GPU, in GB, for micro-batches of `batch` images.
+class RunWithoutContent(sid_lsg.Run):
+    """One iteration with networks of the sizes of `like`, on tensors that have a shape only."""
+    first, iterations, device = 0, 1, torch.device('cpu')
 
-    Counted on tensors without content, in an iteration of two micro-batches. Not included are
-    CUDA's own memory, cuDNN's workspaces, and gaps between allocations."""
-    like, vae, x, _, context = on_meta(folder)
-    text = clip_text.load(folder, torch.float16).float()
-    fixed = sum(w.nbytes for net in (vae, text) for w in net.parameters())
+    def __init__(self, like, config):
+        self.config, batch = config, config.micro_batch
+        self.G, self.ema, self.fake = (unet.UNet(**like.sizes) for _ in range(3))
+        torch.set_default_dtype(torch.bfloat16 if config.precision == 'bf16' else torch.float32)
+        self.teacher = unet.UNet(**like.sizes).requires_grad_(False)
+        torch.set_default_dtype(torch.float32)
+        for net in (self.teacher, self.G, self.fake) if config.recompute else ():
+            sid_lsg.recompute_in_backward(net)
+        # Adam keeps second moments.
+        self.kept = [torch.empty_like(w) for net in (self.G, self.fake) for w in net.parameters()]
+        shape = 4, like.sample_size, like.sample_size
+        self.z, self.eps = torch.empty(batch, *shape), torch.empty(batch, *shape)
+        self.context, self.null = (torch.empty(n, clip_text.LENGTH, like.sizes['context_dim'])
+                                   for n in (batch, 1))
+        self.t = torch.empty(batch, dtype=torch.int64)
+        self.micro_batches = range(config.batch // batch)
+        self.log = SimpleNamespace(add=lambda **numbers: None)
+
+    def draw(self, *_):
+        return self.context, self.z, [], self.t, self.eps
+
+    def update(self, name):
+        getattr(self, name).zero_grad()
+
+    def end_iteration(self, iteration):
+        pass
+
+    def close(self):
+        pass
+
+
+def train_without_content(like, config):
+    with mock.patch.object(sid_lsg, 'Run', functools.partial(RunWithoutContent, like)):
+        sid_lsg.train(config)
+
+
+def training_flops(folder, config):
+    """Count the FLOPs of training, per image."""
+    like, config = unet.load(folder), replace(config, precision='fp32')
+    with torch.device('meta'):
+        return flops(lambda: train_without_content(like, config)) / config.batch
+
+
+def training_memory(folder, config):
+    """Return the peak of train()'s memory on a GPU, in GB, but for CUDA's and cuDNN's own."""
+    like, *others = (module.load(folder) for module in (unet, vae_module, clip_text))
+    fixed = sum(w.nbytes for net in others for w in net.parameters())
 
     def in_fp32(norm):
         return lambda x, *args, **kwargs: norm(x.float(), *args, **kwargs)
     with (contextlib.ExitStack() as stack, FakeTensorMode(allow_non_fake_inputs=True),
           Storages() as storages):
         # CUDA's autocast runs the norms in fp32, that of the CPU does not.
-        for name in ('group_norm', 'layer_norm') if precision != 'fp32' else ():
+        for name in ('group_norm', 'layer_norm') if config.precision != 'fp32' else ():
             stack.enter_context(mock.patch.object(F, name, in_fp32(getattr(F, name))))
-        G, fake = unet.UNet(**like.sizes), unet.UNet(**like.sizes)
-        torch.set_default_dtype(torch.bfloat16 if precision == 'bf16' else torch.float32)
-        teacher = unet.UNet(**like.sizes).requires_grad_(False)
-        torch.set_default_dtype(torch.float32)
-        for net in (teacher, G, fake) if recompute else ():
-            sid_lsg.recompute_in_backward(net)
-        copied = (G, fake) if ema_device else (G, fake, G)      # Adam's second moments, and EMA
-        kept = [torch.empty_like(w) for net in copied for w in net.parameters()]
-        storages.peak = storages.live
-        z, context, null = (torch.empty(n, *like.shape[1:])
-                            for n, like in ((batch, x), (batch, context), (1, context)))
-        eps, t = torch.empty_like(z), torch.empty(batch, dtype=torch.int64)
-        autocast = torch.autocast('cpu', DTYPES[precision], enabled=precision != 'fp32')
-        for half in ('fake', 'fake', 'G', 'G'):
-            with autocast, torch.set_grad_enabled(half == 'G'):
-                x_g = sid_lsg.generate(G, z, context)
-            with autocast:
-                if half == 'fake':
-                    loss = sid_lsg.fake_score_loss(fake, x_g, t, eps, context, null, kappa)
-                else:
-                    fake.requires_grad_(False)
-                    fake.zero_grad()
-                    x_t = sid_lsg.add_noise(x_g, eps, t)
-                    x_psi, x_phi = (sid_lsg.predict_x0(
-                        sid_lsg.guided(net, x_t, t, context, null, kappa), x_t, t)
-                        for net in (fake, teacher))
-                    loss = sid_lsg.generator_loss(x_g, x_phi, x_psi, 1.0)
-            loss.backward()
-            del loss, x_g
-        del kept
-    return (fixed + storages.peak) / 1e9
+        train_without_content(like, config)
+    ema = sum(w.nbytes for w in like.parameters()) if config.ema_device else 0
+    return (fixed + storages.peak - ema) / 1e9
 
 
 # -------------------------------------------------------------------------------------------------
@@ -365,38 +317,29 @@ def unet_row(args):
     """a forward pass of the UNet"""
     from diffusers import UNet2DConditionModel
     device, dtype = args.device, DTYPES[args.precision]
-    net, _, x, t, context = on_meta(args.folder)
-    batch = 8 if device.type == 'cuda' else 1
-    with torch.no_grad():
-        count = batch * flops(lambda: net(x, t, context))
-    rng = torch.Generator().manual_seed(0)
-    x, context = (torch.randn(batch, *like.shape[1:], generator=rng).to(device, dtype)
-                  for like in (x, context))
-    t = torch.full((batch,), 625, device=device)
     ours = sid_lsg.place(unet.load(args.folder, dtype), device)
     theirs = UNet2DConditionModel.from_pretrained(
         args.folder, subfolder='unet', dtype=dtype).to(device)
-    if args.compile:
-        ours.compile(dynamic=False)
-        theirs.compile(dynamic=False)
+    batch, h = 8 if device.type == 'cuda' else 1, ours.sample_size
+    torch.manual_seed(0)
+    x = torch.randn(batch, 4, h, h).to(device, dtype)
+    context = torch.randn(batch, clip_text.LENGTH, ours.sizes['context_dim']).to(device, dtype)
+    t = torch.full((batch,), 625, device=device)
     with torch.no_grad():
         y, expected = ours(x, t, context), theirs(x, t, context).sample
         difference = ((y - expected).abs().max() / expected.abs().max()).item()
+        count = flops(lambda: ours(x, t, context))
         a, b = alternate([lambda: ours(x, t, context), lambda: theirs(x, t, context).sample],
                          device, args.turns)
-    print_row(f'UNet, {batch} x {8 * x.shape[2]} px, {args.precision}', a, b,
-              0.9 if args.compile else 1.0,
-              f', {count / a / ceiling(device, args.precision):.0%} of ceiling')
+    print_row(device, args.precision, f'UNet, {batch} x {8 * h} px', a, b, 1.0, count)
     assert difference < (1e-4 if args.precision == 'fp32' else 0.05), difference
 
 
 @torch.no_grad()
 def image_row(args):
-    """prompts to uint8 images in one step"""
+    """a prompt to a uint8 image in one step"""
     from diffusers import DDPMScheduler, StableDiffusionPipeline
-    device, dtype, prompts = args.device, DTYPES[args.precision], args.images * [PROMPT]
-    net, vae, x, t, context = on_meta(args.folder)
-    count = args.images * flops(lambda: vae.decode(net(x, t, context)))
+    device, dtype = args.device, DTYPES[args.precision]
     net = sid_lsg.place(unet.load(args.folder, dtype), device)
     vae = sid_lsg.place(vae_module.load(args.folder, dtype), device)
     encode = sid_lsg.PromptEncoder(args.folder, '', net, device, dtype)
@@ -406,41 +349,37 @@ def image_row(args):
 
     def ours():
         sid_lsg.sample_images(lambda z, noise, context: sid_lsg.generate(net, z, context), vae,
-                              encode(prompts), range(args.images), tuple(x.shape[1:]))
+                              encode([PROMPT]), [0], sid_lsg.latent_shape(0, net, vae))
 
     def theirs():
-        pipe(prompts, timesteps=[625], guidance_scale=1.0)
+        pipe(PROMPT, timesteps=[625], guidance_scale=1.0)
     a, b = alternate([ours, theirs], device, args.turns)
-    print_row(f'{args.images} x {8 * x.shape[2]} px in one step, {args.precision}', a, b, 1.0,
-              f', {count / a / ceiling(device, args.precision):.0%} of ceiling')
+    print_row(device, args.precision, f'{8 * net.sample_size} px in one step', a, b, 1.0,
+              flops(ours))
 
 
 def iteration_row(args):
     """a training iteration, compared with the arrangement of the official code"""
     device, cases = args.device, [(TINY, {}, 0.65)]
     if device.type == 'cuda' and not args.tiny:     # on a CPU it would take many minutes
-        cases.append((args.folder, dict(
-            batch=2 * args.micro_batch, micro_batch=args.micro_batch, precision=args.precision,
-            compile=args.compile), 0.9))
+        cases.append((args.folder, dict(batch=2 * args.micro_batch, micro_batch=args.micro_batch,
+                                        precision=args.precision), 0.9))
     for folder, settings, bar in cases:
         ours, theirs = [], []
         for _ in range(args.turns):
             free(device)
-            config, times, losses = train(2, args.work, teacher=str(folder), device=str(device),
-                                          **settings)
+            settings |= dict(teacher=str(folder), device=str(device))
+            config, losses, times = train(TimedRun, args.work, **settings)
             ours += times
             free(device)
-            iterate = official(folder, config, device)
-            expected = iterate(0)
-            theirs += [seconds(lambda: iterate(i), device) for i in (1, 2)]
-            del iterate
+            _, expected, times = train(OfficialRun, args.work, **settings)
+            theirs += times
             # The generator's loss can be near zero; the other one shows the scale of the sums.
             off = max(abs(x - y) for x, y in zip(losses, expected)) / expected[0]
             assert off < (1e-4 if config.precision == 'fp32' else 0.02), (losses, expected)
         a, b = statistics.median(ours), statistics.median(theirs)
-        count = config.batch * training_flops(folder, config.kappa)
-        print_row(f'training iteration, {folder.name}, batch {config.batch}, {config.precision}',
-                  a, b, bar, f', {count / a / ceiling(device, config.precision):.0%} of ceiling')
+        print_row(device, config.precision, f'training iteration, {folder.name}, batch '
+                  f'{config.batch}', a, b, bar, config.batch * training_flops(folder, config))
 
 
 THEIRS = """
@@ -469,38 +408,36 @@ def start_row(args):
                            check=True)
         # The turn that warms up brings the weights into the page cache.
         a, b = alternate([lambda: start(ours), lambda: start(theirs)], args.device, args.turns)
-        print_row(f'start of sample, {folder.name}, {args.precision}', a, b, 0.7)
+        print_row(args.device, args.precision, f'start of sample, {folder.name}', a, b, 0.7)
 
 
 def memory_row(args):
     """the memory of training with several options: counted, and measured if there is a GPU"""
-    for recompute in (False, True):
-        count = training_flops(args.folder, (1.5, 1.5, 1.5), recompute) / 1e12
-        print(f'training, recompute {recompute}: {count:.4g} TFLOP per image', flush=True)
-    options = dict(precision='fp32', batch=1)
-    for more in ({}, dict(precision='bf16'), dict(batch=8), dict(recompute=True),
-                 dict(ema_device='cpu'), dict(batch=1)):
+    options = dict(micro_batch=1)
+    for more in ({}, dict(precision='bf16'), dict(micro_batch=8), dict(recompute=True),
+                 dict(ema_device='cpu'), dict(micro_batch=1)):
         options |= more
-        peak = count_memory(args.folder, **options)
-        measured = ''
+        settings = dict(options, batch=2 * options['micro_batch'])
+        config, measured = sid_lsg.TrainConfig(**settings), ''
+        count, peak = training_flops(args.folder, config), training_memory(args.folder, config)
         if args.device.type == 'cuda':
             free(args.device)
-            train(2, args.work, teacher=str(args.folder), device=str(args.device),
-                  **{**options, 'micro_batch': options['batch'], 'batch': 2 * options['batch']})
+            train(TimedRun, args.work, teacher=str(args.folder), device=str(args.device),
+                  **settings)
             gigabytes = torch.cuda.max_memory_allocated(args.device) / 1e9
             measured = f', measured {gigabytes:.1f}, ratio {gigabytes / peak:.2f}'
-        print(f'peak of memory, {options}: {peak:.1f} GB{measured}', flush=True)
+        print(f'training, {options}: {count / 1e12:.4g} TFLOP per image, peak of memory '
+              f'{peak:.4f} GB{measured}', flush=True)
 
 
-# -------------------------------------------------------------------------------------------------
+ROWS = {'unet': unet_row, 'image': image_row, 'iteration': iteration_row, 'start': start_row,
+        'memory': memory_row}
+
 
 def main(arguments=None):
-    rows = {'unet': unet_row, 'image': image_row, 'iteration': iteration_row, 'start': start_row,
-            'memory': memory_row}
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog='rows:\n' + '\n'.join(f'  {name:10s} {row.__doc__}' for name, row in rows.items()))
-    parser.add_argument('rows', nargs='*', metavar='ROW', help='default: all')
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('rows', nargs='*', metavar='ROW', help=', '.join(ROWS) + ' (default: all)')
     parser.add_argument('--work', type=Path, default=Path(tempfile.gettempdir(), 'sid_lsg_bench'),
                         help='folder of the random weights, 2.1 GB (default: %(default)s)')
     parser.add_argument('--device', default='', help='default: cuda if available')
@@ -508,13 +445,10 @@ def main(arguments=None):
     parser.add_argument('--turns', type=int, default=5, help='default: 5')
     parser.add_argument('--micro-batch', type=int, default=8,
                         help='half the batch of the iteration at full size (default: 8)')
-    parser.add_argument('--images', type=int, default=1, help='sampled at a time (default: 1)')
-    parser.add_argument('--compile', action='store_true', help='torch.compile, which takes minutes')
     parser.add_argument('--tiny', action='store_true', help='only the tiny teacher, to try it out')
     args = parser.parse_args(arguments)
     try:
-        unet.check(set(args.rows) <= set(rows), f'a row must be one of {", ".join(rows)}')
-        unet.check(min(args.turns, args.images) > 0, '--turns and --images must be above 0')
+        unet.check(set(args.rows) <= set(ROWS), f'a row must be one of {", ".join(ROWS)}')
         args.work = args.work.resolve()
         args.work.mkdir(parents=True, exist_ok=True)
         args.device = sid_lsg.choose_device(args.device)
@@ -522,21 +456,9 @@ def main(arguments=None):
     except (unet.UserError, OSError) as problem:
         print(f'bench: {problem}', file=sys.stderr)
         sys.exit(2)
-    hardware = f'{platform.machine()}, {torch.get_num_threads()} threads'
-    if args.device.type == 'cuda':
-        hardware = torch.cuda.get_device_name(args.device)
-    print(f'{time.strftime("%Y-%m-%d")}, {hardware}, torch {torch.__version__}', flush=True)
-    failed = []
-    for name in args.rows or rows:
-        try:
-            rows[name](args)
-        except Exception:               # one row must not cost the others on a rented GPU
-            traceback.print_exc()
-            failed.append(name)
-        torch.compiler.reset()          # compiled code of one row would count for the next
+    for name in args.rows or ROWS:
+        ROWS[name](args)
         free(args.device)
-    if failed:
-        sys.exit(f'failed: {", ".join(failed)}')
 
 
 if __name__ == '__main__':

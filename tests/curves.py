@@ -1,8 +1,9 @@
 """Draw the numbers that a training run logs, as six curves over the images seen so far.
 
-    python tests/curves.py RUN [--out FILE]
+    python tests/curves.py RUN
 
-Reads RUN/log.jsonl. Light lines show every iteration, dark lines a moving average.
+Reads RUN/log.jsonl and draws RUN/curves.png. Light lines show every iteration, dark lines a moving
+average.
 """
 
 import argparse
@@ -19,14 +20,6 @@ TITLES = {'loss_fake': 'loss of the fake score network', 'loss_G': 'loss of the 
 WIDTH, HEIGHT = 1200, 480                   # of a panel
 INSIDE = 128, 72, WIDTH - 48, HEIGHT - 84   # left, top, right and bottom of its axes
 INK, GRID, RAW, SMOOTH = '#333333', '#e4e4e4', '#b7d0ee', '#17489c'
-
-
-def read_row(line):
-    """Read one line of a log. A run that is killed can tear a line, which then counts as empty."""
-    try:
-        return json.loads(line)
-    except ValueError:
-        return {}
 
 
 def ticks(low, high):
@@ -67,23 +60,18 @@ def draw_panel(pen, corner, title, points, end):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('run', type=Path, help='folder of a training run')
-    parser.add_argument('--out', type=Path, help='image to write (default: RUN/curves.png)')
     args = parser.parse_args(arguments)
     log = args.run / 'log.jsonl'
-    text = log.read_text(encoding='utf-8', errors='replace') if log.is_file() else ''
-    rows = [read_row(line) for line in text.splitlines()]
+    if not log.is_file():
+        parser.exit(2, f'curves: {log} does not exist; give the folder of a run\n')
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
     curves = [{row['images'] / 1000: row[name] for row in rows if row.get(name) is not None}
               for name in TITLES]
-    if not any(curves):
-        parser.exit(2, f'curves: {log} has no training iterations; give the folder of a run\n')
     end = max(max(points, default=0) for points in curves)
     sheet = Image.new('RGB', (2 * WIDTH, 3 * HEIGHT), 'white')
     for i, (title, points) in enumerate(zip(TITLES.values(), curves)):
         draw_panel(ImageDraw.Draw(sheet), (i % 2 * WIDTH, i // 2 * HEIGHT), title, points, end)
-    try:
-        sheet.reduce(2).save(args.out or args.run / 'curves.png', format='PNG')
-    except OSError as error:
-        parser.exit(2, f'curves: {error}\n')
+    sheet.reduce(2).save(args.run / 'curves.png')
 
 
 if __name__ == '__main__':

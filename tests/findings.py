@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import shutil
-import signal
 import sys
 from pathlib import Path
 from unittest import mock
@@ -27,11 +26,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 import score_tiny                       # first, because it makes the project's modules importable
 import fid
-import make_tiny_sd
 import sid_lsg
 import tiny_world
 import unet
 
+TEACHER_KAPPAS = (1, 1.5, 2, 3, 4.5)
 LSG = (2.0,)        # guidance of the rows that change something other than guidance
 STRATEGIES = {
     'no guidance': dict(kappa=(1,)),
@@ -75,9 +74,6 @@ def distil(exam, folder, strategy, **settings):
     loss = dmd_loss if strategy == 'DMD gradient' else sid_lsg.generator_loss
     with mock.patch.object(sid_lsg, 'generator_loss', loss):
         sid_lsg.train(config)
-    # train() leaves handlers that wait for the end of an iteration.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     return score(exam, *exam.sample(exam.generator(folder)))
 
 
@@ -96,10 +92,8 @@ def once(file, make):
 # The chart. Pillow draws lines without anti-aliasing, so we draw at twice the size and shrink it.
 
 WIDTH, HEIGHT = 1800, 1240
-LEFT, TOP, RIGHT, BOTTOM = 100, 180, WIDTH - 40, HEIGHT - 110       # of the axes
+LEFT, TOP, RIGHT, BOTTOM = 100, 80, WIDTH - 40, HEIGHT - 110        # of the axes
 COLORS = {'LSG': '#17489c', 'long': '#c0392b', 'teacher': '#777777', 'other': '#237a3b'}
-LEGEND = {'LSG': 'LSG, at each kappa', 'long': 'long, at each kappa4',
-          'teacher': 'teacher in 25 steps, at each kappa', 'other': 'other strategies'}
 
 
 def chart(points, file):
@@ -133,45 +127,33 @@ def chart(points, file):
 
     family = {name: name.split()[0] if name.split()[0] in COLORS else 'other' for name in points}
     means = {name: place(*np.mean(seeds, axis=0)) for name, seeds in points.items()}
-    busy = []                           # points that labels should not cover
     for curve in ('teacher', 'long', 'LSG'):
         start = () if curve == 'teacher' else ('no guidance',)
         joined = [means[name] for name in points if family[name] == curve or name in start]
         pen.line(joined, COLORS[curve], 4)
-        for a, b in zip(joined, joined[1:]):
-            busy += [np.add(a, np.subtract(b, a) * i / 40) for i in range(41)]
     for name, seeds in points.items():
         color = COLORS[family[name]]
         for seed in seeds:
             dot(place(*seed), 4, fill=color)
         dot(means[name], 9, outline=color, fill='white', width=4)
-    busy += [place(*seed) for seeds in points.values() for seed in seeds]
+    busy = [place(*seed) for seeds in points.values() for seed in seeds]
     for name, at in means.items():
-        text = name if family[name] == 'other' else name.split()[1]
-        busy += label(pen, font, at, text, COLORS[family[name]], busy)
-    for i, (name, text) in enumerate(LEGEND.items()):
-        left, height = 40 + 700 * (i % 2), 36 + 44 * (i // 2)
-        if name != 'other':
-            pen.line([left, height, left + 80, height], COLORS[name], 4)
-        dot((left + 40, height), 9, outline=COLORS[name], fill='white', width=4)
-        pen.text((left + 100, height), text, COLORS[name], font, anchor='lm')
+        busy += label(pen, font, at, name, COLORS[family[name]], busy)
     sid_lsg.save_png(sheet.reduce(2), file)
 
 
 def label(pen, font, at, text, color, busy):
     """Write a label next to a point, where it covers the fewest busy points. Return its own."""
-    best = None
-    for dx, dy, anchor in ((18, 0, 'lm'), (-18, 0, 'rm'), (0, -18, 'md'), (0, 18, 'ma'),
-                           (14, -12, 'ld'), (-14, -12, 'rd'), (14, 12, 'la'), (-14, 12, 'ra')):
+    choices = []
+    for dx, dy, anchor in ((18, 0, 'lm'), (-18, 0, 'rm'), (0, -18, 'md'), (0, 18, 'ma')):
         where = at[0] + dx, at[1] + dy
         left, top, right, bottom = pen.textbbox(where, text, font, anchor=anchor)
         covered = sum(left - 8 < x < right + 8 and top - 8 < y < bottom + 8 for x, y in busy)
-        covered += 100 * (right > WIDTH)
-        if best is None or covered < best[0]:
-            best = covered, where, anchor, (left, top, right, bottom)
-    _, where, anchor, (left, top, right, bottom) = best
-    pen.text(where, text, color, font, anchor=anchor)
-    return [(x, y) for x in np.linspace(left, right, 9) for y in (top, bottom)]
+        own = [(x, y) for x in np.linspace(left, right, 9) for y in (top, bottom)]
+        choices.append((right > WIDTH, covered, where, anchor, own))
+    *_, where, anchor, own = min(choices, key=lambda choice: choice[:2])
+    pen.text(where, text, color, font, anchor, stroke_width=4, stroke_fill='white')
+    return own
 
 
 def table(rows):
@@ -197,10 +179,6 @@ def main(arguments=None):
                         help='length of each run in thousand images (default: 3)')
     parser.add_argument('--captions', type=int, default=1000,
                         help='captions for the score, on which FD depends (default: 1000)')
-    parser.add_argument('--teacher', type=Path, default=make_tiny_sd.TINY,
-                        help='default: %(default)s')
-    parser.add_argument('--kappa', type=float, nargs='*', default=[1, 1.5, 2, 3, 4.5],
-                        help='guidance of the teacher in 25 steps (default: 1 1.5 2 3 4.5)')
     parser.add_argument('--only', nargs='+', default=list(STRATEGIES), choices=list(STRATEGIES),
                         metavar='STRATEGY', help='such as "LSG 1.5" (default: all)')
     args = parser.parse_args(arguments)
@@ -212,10 +190,8 @@ def main(arguments=None):
 
 
 def run(args):
-    unet.check(args.kimg > 0 and np.isfinite(args.kappa).all(),
-               '--kimg must be above 0 and --kappa finite')
-    exam = score_tiny.Exam(args.teacher, args.captions)
-    settings = dict(kimg=args.kimg, captions=args.captions, teacher=str(args.teacher.resolve()))
+    exam = score_tiny.Exam(sid_lsg.TINY_TEACHER, args.captions)
+    settings = dict(kimg=args.kimg, captions=args.captions)
     unet.check(once(args.out / 'settings.json', lambda: settings) == settings,
                f'{args.out} has scores of other settings (settings.json); give another --out')
     rows = {}
@@ -223,10 +199,9 @@ def run(args):
         for seed in args.seeds:
             folder = args.out / f'{strategy.replace(" ", "-")}-{seed}'
             rows.setdefault(strategy, []).append(once(folder / 'score.json', lambda: distil(
-                exam, folder, strategy, teacher=str(args.teacher), seed=seed, kimg=args.kimg,
-                save_kimg=args.kimg)))
+                exam, folder, strategy, seed=seed, kimg=args.kimg, save_kimg=args.kimg)))
             shutil.rmtree(folder / 'state', ignore_errors=True)     # 78 MB that nothing needs now
-    for kappa in args.kappa:
+    for kappa in TEACHER_KAPPAS:
         rows[f'teacher {kappa:g}'] = [once(args.out / f'teacher-{kappa:g}.json',
                                            lambda: score(exam, *exam.sample(exam.ddim(kappa))))]
     rows['drawn images'] = [score(exam, *exam.drawn(seed=6))]

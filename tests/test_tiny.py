@@ -32,11 +32,10 @@ def refused(main, arguments, capsys, sentence):
     assert sentence in error and 'Traceback' not in error, error
 
 
-def test_captions_and_scenes_are_each_others_inverse():
+def test_every_scene_has_its_own_caption():
     scenes = tiny_world.all_scenes()
-    assert len(scenes) == 384 + 16128
-    assert len({tiny_world.caption(scene) for scene in scenes}) == len(scenes)
-    assert all(tiny_world.scene_of(tiny_world.caption(scene)) == scene for scene in scenes[::7])
+    assert len(set(scenes)) == 384 + 16128
+    assert [tiny_world.scene_of(tiny_world.caption(scene)) for scene in scenes] == scenes
 
 
 def test_the_judge_knows_right_from_wrong():
@@ -105,25 +104,14 @@ def test_another_teacher_can_be_made_and_distilled(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(make_tiny_sd, 'split', lambda: (held_out[:8], training[:400]))
     monkeypatch.setattr(make_tiny_sd, 'training_scenes', lambda count, seed: scenes(64, seed))
     before = {file: file.stat().st_mtime_ns for file in TINY.rglob('*')}
-    options = ['--out', str(tmp_path / 'sd'), '--work', str(tmp_path), '--iterations']
-    refused(make_tiny_sd.main, ['vae', *options, '-1'], capsys, '--iterations must not be negative')
-    refused(make_tiny_sd.main, ['decoder', *options, '2'], capsys, 'found nothing at')
+    options = ['--out', str(tmp_path / 'sd'), '--iterations', '2']
+    refused(make_tiny_sd.main, ['decoder', *options], capsys, 'found nothing at')
     for stage in ('vae', 'decoder', 'teacher', 'teacher'):      # the last continues from weights
-        make_tiny_sd.main([stage, *options, '2'])
-    assert 'of their captions are right' in capsys.readouterr().out
+        make_tiny_sd.main([stage, *options])
     assert before == {file: file.stat().st_mtime_ns for file in TINY.rglob('*')}
     sid_lsg.main(['train', '--teacher', str(tmp_path / 'sd'), '--kimg', '0.016', '--out',
                   str(tmp_path / 'run')])
     assert Image.open(tmp_path / 'run' / 'grid_000000016.png').height > 4 * 128
-
-
-def test_a_stage_resumes_from_its_checkpoint(tmp_path, capsys):
-    model, file = torch.nn.Linear(1, 1), tmp_path / 'stage.pt'
-    ema = make_tiny_sd.train(model, lambda _: model.weight.square().sum(), 500, 0.1, file, 0, 0.9)
-    state = torch.load(file, weights_only=True)
-    assert state['iteration'] == 500 and torch.equal(state['ema']['weight'], ema.weight)
-    make_tiny_sd.train(model, lambda _: 1 / 0, 500, 0.1, file, 0, 0.9)
-    assert 'resuming from iteration 500' in capsys.readouterr().out
 
 
 def test_the_teacher_samples_what_captions_say():
@@ -137,8 +125,8 @@ def test_a_score_is_the_mean_over_sets(tmp_path, monkeypatch, capsys):
     unet.save(unet.load(TINY), tmp_path / 'a run' / 'unet')
     unet.write_json(tmp_path / 'a run' / 'generator.json', {'t_init': 625, 'teacher': str(TINY)})
     monkeypatch.chdir(tmp_path)
-    score_tiny.main(['a run', '--captions', '16', '--sets', '2', '--steps', '1', '--kappa', '2',
-                     '--grid', 'grid.png'])
+    score_tiny.main(['a run', '--captions', '16', '--sets', '2', '--kappa', '2', '--grid',
+                     'grid.png'])
     lines = capsys.readouterr().out.splitlines()
     row, = (line for line in lines if line.startswith('teacher, 1 step '))
     same, = (line for line in lines if line.startswith('a run, 1 step '))
@@ -152,7 +140,6 @@ def test_a_score_is_the_mean_over_sets(tmp_path, monkeypatch, capsys):
     assert [float(x) for x in row.split()[5:7]] == pytest.approx(
         [np.mean(distances), np.std(distances)], abs=0.006)
     assert Image.open('grid.png').size == (8 + 8 * (128 + 8), 8 + 3 * (128 + 8 + 52))
-    refused(score_tiny.main, ['--sets', '0'], capsys, '--sets must be above 0')
     refused(score_tiny.main, ['--captions', '1'], capsys, '--captions must be 2 to 2000, found 1')
 
 
@@ -167,9 +154,8 @@ def test_dmd_moves_images_towards_the_teacher():
 
 def test_findings_are_computed_once(tmp_path, monkeypatch, capsys):
     arguments = ['--out', str(tmp_path / 'f'), '--seeds', '0', '--kimg', '0.032', '--captions',
-                 '40', '--kappa', '1', '--only', 'no guidance', 'LSG 2', 'DMD gradient']
-    refused(findings.main, [*arguments, '--teacher', 'nowhere'], capsys, 'found nothing at nowhere')
-    refused(findings.main, [*arguments, '--kimg', 'nan'], capsys, '--kimg must be above 0')
+                 '40', '--only', 'no guidance', 'LSG 2', 'DMD gradient']
+    monkeypatch.setattr(findings, 'TEACHER_KAPPAS', (1,))
     update, losses = sid_lsg.Run.update, []
 
     def interrupted(run, name):
