@@ -2,6 +2,7 @@
 
     python tests/bench.py                       # all rows
     python tests/bench.py unet start --turns 2  # some of them
+    python tests/bench.py first                 # ten minutes on a new GPU, without diffusers
 
 Both sides take turns with the same random weights of Stable Diffusion 1.5's size, which are made
 once in --work. A row shows median seconds, their ratio, and the bar that the ratio must not exceed.
@@ -188,7 +189,7 @@ class OfficialRun(TimedRun):
             net = load(UNet2DConditionModel, 'unet').requires_grad_(name in ('G', 'fake'))
             net.forward = encoding(net.forward)
             setattr(self, name, net)
-        tokenize = self.encode.tokenizer
+        tokenize = self.encoder.tokenizer
         self.encode = lambda texts: tokenize(texts).to(self.device)
         self.null = self.encode([''])
         self.optimizers = {
@@ -430,6 +431,92 @@ def memory_row(args):
               f'{peak:.4f} GB{measured}', flush=True)
 
 
+# -------------------------------------------------------------------------------------------------
+# The first hour on a GPU: what must be right, then what may be slow, each printed when it is known
+
+def first(args):
+    """Run all rows that need no diffusers: CUDA against the CPU, attention, training, sampling."""
+    for row in (first_tests, first_attention, first_training, first_sampling):
+        began = time.perf_counter()
+        try:
+            row(args)
+        except (RuntimeError, subprocess.SubprocessError) as problem:   # the other rows still run
+            print(f'{row.__name__} failed: {str(problem).splitlines()[0]}', flush=True)
+        print(f'  ({row.__name__}: {time.perf_counter() - began:.0f} s)', flush=True)
+        free(args.device)
+
+
+def first_tests(args):
+    command = [sys.executable, '-m', 'pytest', '-q', '-k', 'cuda', '-p', 'no:xdist', 'tests']
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    last = (result.stdout + result.stderr).strip().splitlines()[-1]
+    print(f'CUDA tests against the CPU: {last}', flush=True)
+
+
+def first_attention(args):
+    """Speed, error and NaN of each backend, at the shapes of SD 1.5 with micro-batch 8, guided."""
+    backends = dict(default=None, cudnn=SDPBackend.CUDNN_ATTENTION,
+                    flash=SDPBackend.FLASH_ATTENTION, efficient=SDPBackend.EFFICIENT_ATTENTION)
+    on_gpu = args.device.type == 'cuda'
+    batch, shapes = 2, [(64, 40)]
+    if on_gpu:
+        batch, shapes = 16, [(4096, 40), (1024, 80), (256, 160), (64, 160)]
+    for n, d in shapes:
+        for length in (n, clip_text.LENGTH):
+            q, k, v = (torch.randn(batch, 8, size, d, device=args.device, dtype=torch.bfloat16,
+                                   requires_grad=True) for size in (n, length, length))
+            with torch.no_grad():
+                first_q, first_k, first_v = (x[:1].float() for x in (q, k, v))
+                exact = (first_q @ first_k.mT * d ** -0.5).softmax(-1) @ first_v
+            for name, backend in backends.items():
+                def call():
+                    with sdpa_kernel(backend) if backend else contextlib.nullcontext():
+                        out = F.scaled_dot_product_attention(q, k, v)
+                    return out, torch.autograd.grad(out.float().square().sum(), (q, k, v))
+                try:
+                    out, gradients = call()
+                    seconds, = alternate([call], args.device, args.turns)
+                except RuntimeError as problem:
+                    print(f'attention {n} x {length}, d {d}, {name}: not available '
+                          f'({str(problem).splitlines()[0][:60]})', flush=True)
+                    continue
+                error = (out[:1].float() - exact).abs().max() / exact.abs().max()
+                nan = sum(x.isnan().sum().item() for x in (out, *gradients))
+                print(f'attention {n} x {length}, d {d}, {name}: forward and backward '
+                      f'{1000 * seconds:.2f} ms, error {error:.0e}, {nan} NaN', flush=True)
+
+
+def first_training(args):
+    """One eager iteration, and the memory that it needs."""
+    batch = args.micro_batch if args.device.type == 'cuda' else 2
+    config, _, times = train(
+        TimedRun, args.work, teacher=str(args.folder), device=str(args.device), precision='bf16',
+        batch=2 * batch, micro_batch=batch)
+    args.precision, seconds = 'bf16', min(times)
+    speed = training_flops(args.folder, config) * config.batch / seconds
+    line = (f'training, eager, bf16, micro-batch {batch}: '
+            f'{1000 * seconds / config.batch:.1f} ms per image, '
+            f'{speed / ceiling(args.device, "bf16"):.0%} of ceiling, memory counted '
+            f'{training_memory(args.folder, config):.1f} GB')
+    if args.device.type == 'cuda':
+        line += f', measured {torch.cuda.max_memory_allocated(args.device) / 1e9:.1f} GB'
+    print(line, flush=True)
+
+
+@torch.no_grad()
+def first_sampling(args):
+    net = sid_lsg.place(unet.load(args.folder, torch.bfloat16), args.device)
+    vae = sid_lsg.place(vae_module.load(args.folder, torch.bfloat16), args.device)
+    encode = sid_lsg.PromptEncoder(args.folder, '', net, args.device, torch.bfloat16)
+
+    def sample():
+        sid_lsg.sample_images(lambda z, noise, context: sid_lsg.generate(net, z, context), vae,
+                              encode(16 * [PROMPT]), range(16), sid_lsg.latent_shape(0, net, vae))
+    seconds, = alternate([sample], args.device, args.turns)
+    print(f'sampling 16 images of {8 * net.sample_size} px in bf16: {16 / seconds:.1f} per second',
+          flush=True)
+
+
 ROWS = {'unet': unet_row, 'image': image_row, 'iteration': iteration_row, 'start': start_row,
         'memory': memory_row}
 
@@ -437,7 +524,8 @@ ROWS = {'unet': unet_row, 'image': image_row, 'iteration': iteration_row, 'start
 def main(arguments=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('rows', nargs='*', metavar='ROW', help=', '.join(ROWS) + ' (default: all)')
+    parser.add_argument('rows', nargs='*', metavar='ROW',
+                        help=', '.join(ROWS) + ' (default: all of these), or first')
     parser.add_argument('--work', type=Path, default=Path(tempfile.gettempdir(), 'sid_lsg_bench'),
                         help='folder of the random weights, 2.1 GB (default: %(default)s)')
     parser.add_argument('--device', default='', help='default: cuda if available')
@@ -448,16 +536,18 @@ def main(arguments=None):
     parser.add_argument('--tiny', action='store_true', help='only the tiny teacher, to try it out')
     args = parser.parse_args(arguments)
     try:
-        unet.check(set(args.rows) <= set(ROWS), f'a row must be one of {", ".join(ROWS)}')
+        rows = {**ROWS, 'first': first}
+        unet.check(set(args.rows) <= set(rows), f'a row must be one of {", ".join(rows)}')
         args.work = args.work.resolve()
         args.work.mkdir(parents=True, exist_ok=True)
         args.device = sid_lsg.choose_device(args.device)
-        args.folder = copy_tiny(args.work) if args.tiny else make_sd15(args.work)
+        tiny = args.tiny or args.rows == ['first'] and args.device.type == 'cpu'
+        args.folder = copy_tiny(args.work) if tiny else make_sd15(args.work)
     except (unet.UserError, OSError) as problem:
         print(f'bench: {problem}', file=sys.stderr)
         sys.exit(2)
     for name in args.rows or ROWS:
-        ROWS[name](args)
+        rows[name](args)
         free(args.device)
 
 
