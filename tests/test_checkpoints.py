@@ -26,7 +26,8 @@ import clip_text
 import sid_lsg
 import unet
 import vae
-from test_nets import TEXT, WIDTHS, assert_close, assert_same_unet, nets, randomise, table  # noqa
+from conftest import assert_close
+from test_nets import TEXT, WIDTHS, assert_same_unet, nets, randomise, table  # noqa
 from unet import PREFIX, STEM, UserError
 
 TOKENIZER = Path(__file__).parent / 'tiny_sd' / 'tokenizer'         # with a vocabulary of 600

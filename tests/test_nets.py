@@ -19,6 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 import clip_text
 import unet
 import vae
+from conftest import assert_close
 
 KEYS = Path(__file__).parent / 'keys'
 
@@ -26,9 +27,6 @@ KEYS = Path(__file__).parent / 'keys'
 # no conv_shortcut. Level 3 has the width of level 2, as in the real networks.
 WIDTHS = (32, 64, 96, 96)
 TEXT = dict(vocab=600, width=48, layers=12, heads=12, hidden=96)
-
-# Two correct implementations differ by float32 rounding, about 1e-6 of the largest value.
-TOLERANCE = 1e-5
 
 
 def randomise(net, seed):
@@ -74,12 +72,6 @@ def ours(nets, tmp_path_factory):
 
 # -------------------------------------------------------------------------------------------------
 # The same outputs
-
-def assert_close(ours, theirs):
-    assert ours.shape == theirs.shape
-    error = ((ours - theirs).abs().max() / theirs.abs().max()).item()
-    assert error <= TOLERANCE, f'the error is {error:.1e} of the largest value'
-
 
 def assert_same_unet(ours, theirs, t, height, width, context_dim, seed):
     """Compare the noise, and its gradient with respect to the latents, which SiD trains through."""
