@@ -27,20 +27,17 @@ import sid_lsg
 import unet
 import vae
 from conftest import assert_close
-from test_nets import TEXT, WIDTHS, assert_same_unet, nets, randomise, table  # noqa
+from test_nets import MODULES, SMALL, assert_same_unet, nets, randomise, table  # noqa
 from unet import PREFIX, STEM, UserError
 
 TOKENIZER = Path(__file__).parent / 'tiny_sd' / 'tokenizer'         # with a vocabulary of 600
-MODULES = {'unet': unet, 'vae': vae, 'text_encoder': clip_text}
 POSITIONS = 'text_model.embeddings.position_ids'
 
 
 @pytest.fixture(autouse=True)
 def small_standard(monkeypatch):
     """Make the narrow networks the size of SD 1.5, which every single file has."""
-    sizes = {unet.UNet: (WIDTHS, 48, 8), vae.VAE: (WIDTHS,),
-             clip_text.TextEncoder: tuple(TEXT.values())}
-    for net, small in sizes.items():
+    for net, small in zip((unet.UNet, vae.VAE, clip_text.TextEncoder), SMALL.values()):
         defaults = net.__init__.__defaults__
         monkeypatch.setattr(net.__init__, '__defaults__', small + defaults[len(small):])
 
