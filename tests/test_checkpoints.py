@@ -215,22 +215,22 @@ def edit(file, **changes):
     *((part, key) for part, module in MODULES.items() for key in module.FIXED),
     *(('scheduler', key) for key in unet.SCHEDULE)])
 def test_no_value_that_changes_the_arithmetic_is_ignored(part, key, teacher, tmp_path):
-    module, fixed, file = MODULES.get(part, unet), unet.SCHEDULE, tmp_path / part / 'config.json'
+    """Neither in a checkpoint nor in the folder of its network alone."""
+    own = 'unet' if part == 'scheduler' else part
+    fixed, file = MODULES[own].FIXED, tmp_path / part / 'config.json'
+    shutil.copytree(teacher / own, tmp_path / own)
     if part == 'scheduler':
-        file = tmp_path / part / 'scheduler_config.json'
+        fixed, file = unet.SCHEDULE, tmp_path / part / 'scheduler_config.json'
         file.parent.mkdir()
-        file.write_text(json.dumps(fixed))
-        shutil.copytree(teacher / 'unet', tmp_path / 'unet')
-        module.load(tmp_path)
-    else:
-        shutil.copytree(teacher / part, tmp_path / part)
-        fixed = module.FIXED
+        unet.write_json(file, fixed)
+        unet.load(tmp_path)
     needed = fixed[key]
     found = {bool: not needed, str: 'other', type(None): 2}.get(type(needed), 7)
     edit(file, **{key: [found] * 4 if key.endswith('block_types') else found})
     words = f'{part}/.* says {key} {json.dumps(found)}, but SD 1.5 needs {json.dumps(needed)};'
-    with pytest.raises(UserError, match=words):
-        module.load(tmp_path)
+    for path in (tmp_path, tmp_path / own):
+        with pytest.raises(UserError, match=words):
+            MODULES[own].load(path)
 
 
 @pytest.mark.parametrize('reference, fixed, sizes, harmless', [
