@@ -610,13 +610,14 @@ def load(path, dtype=torch.float32):
 def check_schedule(root, tensors):
     """Raise UserError if a checkpoint says that it was trained in another way than SD 1.5.
 
-    A folder says so in its scheduler's config. An original file can say so in its tensors, in its
+    A pipeline says so in its scheduler's config. An original file can say so in its tensors, in its
     header, or in a .yaml file of its name."""
-    file = root / 'scheduler' / 'scheduler_config.json'
-    if file.is_file():
-        # diffusers' defaults, which hold where a key is absent, are those of another schedule.
-        defaults = {'beta_start': 0.0001, 'beta_end': 0.02, 'beta_schedule': 'linear'}
-        check_config({**defaults, **read_json(file)}, SCHEDULE, file)
+    for folder in (root, root.parent):          # the parent, because the path may be X/unet
+        file = folder / 'scheduler' / 'scheduler_config.json'
+        if file.is_file():
+            # diffusers' defaults, which hold where a key is absent, are those of another schedule.
+            defaults = {'beta_start': 0.0001, 'beta_end': 0.02, 'beta_schedule': 'linear'}
+            check_config({**defaults, **read_json(file)}, SCHEDULE, file)
     for name, needed in (('betas', BETAS), ('alphas_cumprod', np.cumprod(1 - BETAS))):
         found = tensors.get(name, torch.tensor(needed)).double().numpy()    # in fp16, 0.1 % off
         check(found.shape == needed.shape and np.allclose(found, needed, rtol=0.01),

@@ -83,3 +83,11 @@ def teacher(tmp_path_factory):
     (folder / 'prompts.txt').write_text('\n'.join(f'a red star {i}' for i in range(20)) + '\n\n')
     (folder / 'sid_lsg.json').write_text(json.dumps(SETTINGS))
     return folder
+
+
+def assert_close(ours, theirs):
+    """Two correct implementations differ by float32 rounding, about 1e-6 of the largest value."""
+    theirs = torch.as_tensor(theirs)
+    assert ours.shape == theirs.shape
+    error = ((ours - theirs).abs().max() / theirs.abs().max()).item()
+    assert error <= 1e-5, f'the error is {error:.1e} of the largest value'

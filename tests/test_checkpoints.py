@@ -26,20 +26,18 @@ import clip_text
 import sid_lsg
 import unet
 import vae
-from test_nets import TEXT, WIDTHS, assert_close, assert_same_unet, nets, randomise, table  # noqa
+from conftest import assert_close
+from test_nets import MODULES, SMALL, assert_same_unet, nets, randomise, table  # noqa
 from unet import PREFIX, STEM, UserError
 
 TOKENIZER = Path(__file__).parent / 'tiny_sd' / 'tokenizer'         # with a vocabulary of 600
-MODULES = {'unet': unet, 'vae': vae, 'text_encoder': clip_text}
 POSITIONS = 'text_model.embeddings.position_ids'
 
 
 @pytest.fixture(autouse=True)
 def small_standard(monkeypatch):
     """Make the narrow networks the size of SD 1.5, which every single file has."""
-    sizes = {unet.UNet: (WIDTHS, 48, 8), vae.VAE: (WIDTHS,),
-             clip_text.TextEncoder: tuple(TEXT.values())}
-    for net, small in sizes.items():
+    for net, small in zip((unet.UNet, vae.VAE, clip_text.TextEncoder), SMALL.values()):
         defaults = net.__init__.__defaults__
         monkeypatch.setattr(net.__init__, '__defaults__', small + defaults[len(small):])
 
@@ -217,22 +215,22 @@ def edit(file, **changes):
     *((part, key) for part, module in MODULES.items() for key in module.FIXED),
     *(('scheduler', key) for key in unet.SCHEDULE)])
 def test_no_value_that_changes_the_arithmetic_is_ignored(part, key, teacher, tmp_path):
-    module, fixed, file = MODULES.get(part, unet), unet.SCHEDULE, tmp_path / part / 'config.json'
+    """Neither in a checkpoint nor in the folder of its network alone."""
+    own = 'unet' if part == 'scheduler' else part
+    fixed, file = MODULES[own].FIXED, tmp_path / part / 'config.json'
+    shutil.copytree(teacher / own, tmp_path / own)
     if part == 'scheduler':
-        file = tmp_path / part / 'scheduler_config.json'
+        fixed, file = unet.SCHEDULE, tmp_path / part / 'scheduler_config.json'
         file.parent.mkdir()
-        file.write_text(json.dumps(fixed))
-        shutil.copytree(teacher / 'unet', tmp_path / 'unet')
-        module.load(tmp_path)
-    else:
-        shutil.copytree(teacher / part, tmp_path / part)
-        fixed = module.FIXED
+        unet.write_json(file, fixed)
+        unet.load(tmp_path)
     needed = fixed[key]
     found = {bool: not needed, str: 'other', type(None): 2}.get(type(needed), 7)
     edit(file, **{key: [found] * 4 if key.endswith('block_types') else found})
     words = f'{part}/.* says {key} {json.dumps(found)}, but SD 1.5 needs {json.dumps(needed)};'
-    with pytest.raises(UserError, match=words):
-        module.load(tmp_path)
+    for path in (tmp_path, tmp_path / own):
+        with pytest.raises(UserError, match=words):
+            MODULES[own].load(path)
 
 
 @pytest.mark.parametrize('reference, fixed, sizes, harmless', [

@@ -1,8 +1,6 @@
 """Compare clip_score.py with open_clip and torchvision; test_fid.py describes the reference."""
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,16 +8,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 import clip_score
-from test_fid import HERE, REFERENCE, assert_close, make_image, names, random_state
-
 import clip_text
 import fid
+from conftest import ROOT, assert_close
+from test_fid import REFERENCE, make_image, names, random_state
 from unet import UserError
 
-TOKENIZER = HERE / 'tiny_sd' / 'tokenizer'
+TOKENIZER = ROOT / 'tests' / 'tiny_sd' / 'tokenizer'
 WORDS = len(json.loads((TOKENIZER / 'vocab.json').read_text()))
 CAPTIONS = [
     'a red star above a blue ring on a black background', 'Two GREEN squares', 'a blue ring']
