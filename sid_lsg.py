@@ -287,9 +287,10 @@ def train(config):
         fake.requires_grad_(True)
         for indices in run.micro_batches:
             context, z, noise, t, eps = run.draw(iteration, 'fake', indices, drop)
-            with run.autocast():
+            with run.autocast():                    # its end frees G's weights in bf16
                 x_g = generate(G, z, context, config.t_init, config.steps, noise)
                 x_g = x_g.detach()                  # this loss does not train the generator
+            with run.autocast():
                 loss_fake = fake_score_loss(fake, x_g, t, eps, context, null, kappa1) * share
             loss_fake.backward()
             run.log.add(loss_fake=loss_fake)
