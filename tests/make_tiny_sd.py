@@ -2,7 +2,7 @@
 
     python tests/make_tiny_sd.py vae        # half an hour on 2 cores: trains the VAE
     python tests/make_tiny_sd.py decoder    # 20 minutes: trains the decoder of that VAE further
-    python tests/make_tiny_sd.py teacher    # an hour on one core: trains UNet and text encoder
+    python tests/make_tiny_sd.py teacher    # 20 minutes on one core: trains UNet and text encoder
 
 The networks have the architecture of Stable Diffusion at a two-hundredth of its size. The UNet
 attends to the text on its lower level only, which makes distillation about 1.6 times faster.
@@ -233,7 +233,7 @@ def write_rest(folder):
     # the latents wander, and an EMA over much of the run evens that out. The generator gets less
     # noise than the paper's 625, because noise hides more of 8 x 8 latents than of 64 x 64.
     unet.write_json(folder / 'sid_lsg.json', {
-        'kappa': [1.1], 't_init': 450, 'kimg': 15.0, 'batch': 16, 'lr': 7e-5, 'fake_lr': 1.4e-4,
+        'kappa': [1.5], 't_init': 450, 'kimg': 15.0, 'batch': 16, 'lr': 7e-5, 'fake_lr': 1.4e-4,
         'ema_rampup': 0.3, 'save_kimg': 3.0})
 
 
