@@ -51,14 +51,16 @@ class Exam:
         self.shape = sid_lsg.latent_shape(0, self.teacher, self.vae)
 
     def generator(self, run):
-        """Load the generator of a run as a function of (z, context), which makes one step."""
+        """Load the generator of a run as a function of (z, noise, context), in its own steps."""
         path, info = sid_lsg.find_generator(run)
-        G = sid_lsg.place(unet.load(path), self.device)
-        return lambda z, context: sid_lsg.generate(G, z, context, info['t_init'])
+        G, steps = sid_lsg.place(unet.load(path), self.device), info.get('steps', 1)
+        return lambda z, noise, context: sid_lsg.generate(
+            G, z, context, info['t_init'], steps, noise[:steps - 1])
 
     def ddim(self, kappa, steps=25):
-        """Return the teacher with guidance and DDIM as a function of (z, context)."""
-        return lambda z, context: sid_lsg.ddim(self.teacher, z, context, self.null, kappa, steps)
+        """Return the teacher with guidance and DDIM as a function of (z, noise, context)."""
+        return lambda z, noise, context: sid_lsg.ddim(
+            self.teacher, z, context, self.null, kappa, steps)
 
     @torch.no_grad()
     def drawn(self, seed):
@@ -69,17 +71,17 @@ class Exam:
 
     @torch.no_grad()
     def sample(self, make, first=0):
-        """Return images and latents of make(z, context), with seeds from `first`."""
+        """Return images and latents of make(z, noise, context), with seeds from `first`."""
         images, latents = [], []
 
-        def keep(z, noise, context):
-            latents.append(make(z, context))
+        def keep(*arguments):
+            latents.append(make(*arguments))
             return latents[-1]
         for i in range(0, len(self.captions), 100):
             part = self.captions[i:i + 100]
             seeds = range(first + i, first + i + len(part))
             images.append(sid_lsg.sample_images(
-                keep, self.vae, self.encode(part), seeds, self.shape))
+                keep, self.vae, self.encode(part), seeds, self.shape, steps=4))
         return np.concatenate(images), torch.cat(latents)
 
 
@@ -118,8 +120,9 @@ def main(arguments=None):
 
 def score(args):
     exam = Exam(args.teacher, args.captions)
-    makers = {'teacher, 1 step': lambda z, context: sid_lsg.generate(exam.teacher, z, context)}
-    makers |= {f'{run}, 1 step': exam.generator(run) for run in args.runs}
+    makers = {'teacher, 1 step': lambda z, noise, context: sid_lsg.generate(
+        exam.teacher, z, context)}
+    makers |= {f'generator of {run}': exam.generator(run) for run in args.runs}
     makers |= {f'teacher, 25 steps, kappa {kappa:g}': exam.ddim(kappa) for kappa in args.kappa}
     print(f'{len(exam.captions)} held-out captions, {args.sets} images of each\n'
           f'{"":34s} {"right":>6s} {"single":>6s} {"FD":>7s} {"sd":>5s}  '
