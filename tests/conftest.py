@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))       # `import unet` works wherever pytest is sta
 # With one thread per process, two processes on two cores do not wait for each other.
 os.environ.update(OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1', TRANSFORMERS_OFFLINE='1',
                   HF_HUB_DISABLE_PROGRESS_BARS='1', TRANSFORMERS_VERBOSITY='error',
-                  DIFFUSERS_VERBOSITY='error')
+                  DIFFUSERS_VERBOSITY='error', HF_HUB_CACHE='/nowhere')
 
 import pytest
 import torch
