@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import clip_text
+import one_dimension
 import sid_lsg
 import unet
 
@@ -141,6 +142,34 @@ def test_the_generator_loss_and_its_gradient_match_the_official_formula(batch, a
     (total / 5).backward()
     assert loss.item() == pytest.approx(total.item() / 5, rel=1e-4)
     assert_same_gradients(G, plain)
+
+
+@pytest.mark.parametrize('alpha', [0.5, 1.0, 1.2])
+def test_the_loss_has_the_gradient_that_the_readme_derives(alpha):
+    """On a Gaussian, where the perfect fake denoiser is known. All samples are pixels of one image,
+    so that w is one number, as the derivation needs. alpha 0.5 is half the gradient of J."""
+    theta, t, n = torch.tensor(0.7, requires_grad=True), torch.tensor([300]), 1_000_000
+    a, sigma = sid_lsg.ALPHA[300], sid_lsg.SIGMA[300]
+    z, eps = torch.randn(2, 1, 1, n, 1, generator=torch.Generator().manual_seed(0))
+
+    def distance(theta):
+        """J and the slopes of teacher and fake: |x_phi - x_psi|^2 on average."""
+        variance = a ** 2 * theta ** 2 + sigma ** 2
+        teacher, fake = a / (a ** 2 + sigma ** 2), a * theta ** 2 / variance
+        return (teacher - fake) ** 2 * variance, teacher, fake
+    x_g = theta * z
+    x_t = sid_lsg.add_noise(x_g, eps, t)
+    _, teacher, fake = distance(theta.detach())
+    loss = sid_lsg.generator_loss(x_g, teacher * x_t, fake * x_t, alpha)
+    loss.backward()
+    w = (x_g - teacher * x_t).detach().abs().mean()
+    found = theta.grad.item() * w.item() / n
+    assert found == pytest.approx(one_dimension.gradient(0.7, alpha, np.array([300]))[0], rel=0.02)
+    if alpha == 0.5:
+        slope = (distance(0.701)[0] - distance(0.699)[0]) / 0.002
+        assert found == pytest.approx(slope.item() / 2, rel=0.02)
+    if alpha == 1.0:                            # the loss itself is zero, whatever theta is
+        assert abs(loss.item() * w.item() / n) < 0.01
 
 
 def test_autocast_loses_no_gradient_of_a_later_step(batch):
