@@ -131,8 +131,8 @@ class TrainConfig:
                       metavar='FOLDER')
     resume: str = option('', 'run folder to resume, or to begin if it is not there; options that '
                          'do not change the result may differ', metavar='FOLDER')
-    save_kimg: float = option(200.0, 'thousand images between states; each comes with the generator '
-                              'and an image grid, and two are kept')
+    save_kimg: float = option(200.0, 'thousand images between states, each with the generator and an '
+                              'image grid; two states are kept')
     fid_stats: str = option('', 'statistics from fid.py --save-stats, to compute FID while '
                             'training', metavar='FILE')
     fid_kimg: float = option(500.0, 'thousand images between FIDs')
@@ -532,7 +532,7 @@ class Run:
         self.G.requires_grad_(True)     # teacher and ema stay frozen, train() switches fake
         self.ema.to(config.ema_device or self.device)
         if config.precision == 'bf16':
-            # These weights never change, so they need no fp32. Autocast keeps those of norms in fp32.
+            # Its weights never change, so they need no fp32. Autocast keeps norms in fp32.
             for module in self.teacher.modules():
                 if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
                     module.to(torch.bfloat16)
@@ -996,7 +996,7 @@ def export(config):
         vae_module.save(vae, new / 'vae', dtype)
         clip_text.save(encode.net, new / 'text_encoder', dtype, len(encode.tokenizer.added))
         shutil.copytree(clip_text.tokenizer_folder(tokenizer), new / 'tokenizer')
-        unet.save_pipeline(new)
+        unet.save_pipeline(new, 'LCM' if info.get('steps', 1) > 1 else 'DDPM')
         unet.write_json(new / 'generator.json', info)
     new.replace(target)
     print(target)

@@ -658,7 +658,8 @@ def save(net, folder, dtype=torch.float32):
 def save_pipeline(folder, scheduler='DDPM'):
     """Write the files that make a folder with all networks a StableDiffusionPipeline of diffusers.
 
-    With timesteps=[t_init] and latents=sigma * z, its DDPM scheduler makes a generator's step."""
+    With timesteps=[t_init] and latents=sigma * z, DDPM makes a generator's one step, and LCM makes
+    several, because it adds new noise to each x0-prediction."""
     (folder / 'scheduler').mkdir(exist_ok=True)
     write_json(folder / 'scheduler' / 'scheduler_config.json', {
         **SCHEDULE, '_class_name': f'{scheduler}Scheduler', 'clip_sample': False,

@@ -4,13 +4,19 @@ import argparse
 import importlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
+import clip_text
 import sid_lsg
+import unet
+import vae
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
@@ -87,6 +93,38 @@ def test_options_in_the_text_exist():
     settings = {'--' + name.replace('_', '-') for config in (
         sid_lsg.TrainConfig, sid_lsg.SampleConfig, sid_lsg.ExportConfig)
         for name in config.__dataclass_fields__}
-    missing = [option for option in options - settings
+    missing = [option for option in options - settings - {'--index-url'}       # which is pip's
                if not any(f"'{option}'" in text for text in texts)]
     assert not missing
+
+
+@pytest.mark.parametrize('steps', [1, 4])
+def test_the_code_for_diffusers_samples_what_we_sample(steps, tmp_path, monkeypatch):
+    """With the tiny teacher as generator, and as the README says for four steps."""
+    generator, tiny = tmp_path / 'runs' / '000' / 'generator', tmp_path / 'tiny'
+    shutil.copytree(ROOT / 'tests' / 'tiny_sd', tiny)
+    for module, part in ((unet, 'unet'), (vae, 'vae'), (clip_text, 'text_encoder')):
+        module.save(module.load(tiny), tiny / part)         # in fp32, as diffusers takes the file's
+    unet.save(unet.load(tiny), generator / 'unet')
+    unet.write_json(generator / 'generator.json', {
+        'teacher': str(tiny), 't_init': 625, 'steps': steps})
+    code, = re.findall(r'^```python\n(.*?)^```', README, re.M | re.S)
+    code = code.replace('stable-diffusion-v1-5/stable-diffusion-v1-5', str(tiny))
+    code = code.replace('4, 64, 64', '4, 8, 8')
+    if steps == 4:
+        timesteps, = re.findall(r'`timesteps=(\[625, .*?\])`', README)
+        code = code.replace('[625], guid', f'{timesteps}, guid').replace('DDPMSch', 'LCMSch')
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    sid_lsg.main(['sample', 'a red star', '--out', 'ours'])
+    ours, theirs = (np.asarray(Image.open(file)).astype(int)
+                    for file in ('ours/000000.png', 'star.png'))
+    assert ours.std() > 10 and abs(ours - theirs).max() <= 1
+
+
+def test_the_table_of_files_has_their_lengths():
+    """Rounded to tens, so that it changes only now and then."""
+    rows = re.findall(r'^\| `(\w+\.py)` \| ([\d,]+) \|', README, re.M)
+    assert len(rows) == 5
+    for name, lines in rows:
+        assert abs(len((ROOT / name).read_text().splitlines()) - int(lines.replace(',', ''))) <= 10
