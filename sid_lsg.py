@@ -131,8 +131,8 @@ class TrainConfig:
                       metavar='FOLDER')
     resume: str = option('', 'run folder to resume, or to begin if it is not there; options that '
                          'do not change the result may differ', metavar='FOLDER')
-    save_kimg: float = option(200.0, 'thousand images between states, each with the generator and an '
-                              'image grid; two states are kept')
+    save_kimg: float = option(200.0, 'thousand images between states, each with the generator and '
+                              'an image grid; two states are kept')
     fid_stats: str = option('', 'statistics from fid.py --save-stats, to compute FID while '
                             'training', metavar='FILE')
     fid_kimg: float = option(500.0, 'thousand images between FIDs')
