@@ -30,18 +30,13 @@ import sid_lsg
 import tiny_world
 import unet
 
-TEACHER_KAPPAS = (1, 1.5, 2, 3, 4.5)
+KAPPAS = (1.5, 2, 3, 4.5)
+TEACHER_KAPPAS = (1, *KAPPAS)
 LSG = (2.0,)        # guidance of the rows that change something other than guidance
 STRATEGIES = {
     'no guidance': dict(kappa=(1,)),
-    'LSG 1.5': dict(kappa=(1.5,)),
-    'LSG 2': dict(kappa=(2,)),
-    'LSG 3': dict(kappa=(3,)),
-    'LSG 4.5': dict(kappa=(4.5,)),
-    'long 1.5': dict(kappa=(1, 1, 1.5)),
-    'long 2': dict(kappa=(1, 1, 2)),
-    'long 3': dict(kappa=(1, 1, 3)),
-    'long 4.5': dict(kappa=(1, 1, 4.5)),
+    **{f'LSG {kappa}': dict(kappa=(kappa,)) for kappa in KAPPAS},
+    **{f'long {kappa}': dict(kappa=(1, 1, kappa)) for kappa in KAPPAS},
     'short 0.5': dict(kappa=(0.5, 1, 1)),
     'Zero-CFG': dict(kappa=(0, 0, 1), drop=0.0),
     'Anti-CFG': dict(kappa=(-0.5, -0.5, 1), drop=0.0),
@@ -68,13 +63,16 @@ def score(exam, images, latents):
     return dict(right=right, fd=distance, spread=spread)
 
 
-def distil(exam, folder, strategy, **settings):
+def distil(exam, folder, strategy, seed, kimg):
     """Train a generator in a folder, or resume its training, and score it."""
-    config = sid_lsg.train_config(resume=str(folder), **settings, **STRATEGIES[strategy])
+    config = sid_lsg.train_config(
+        resume=str(folder), seed=seed, kimg=kimg, save_kimg=kimg, **STRATEGIES[strategy])
     loss = dmd_loss if strategy == 'DMD gradient' else sid_lsg.generator_loss
     with mock.patch.object(sid_lsg, 'generator_loss', loss):
         sid_lsg.train(config)
-    return score(exam, *exam.sample(exam.generator(folder)))
+    numbers = score(exam, *exam.sample(exam.generator(folder)))
+    shutil.rmtree(folder / 'state')     # 78 MB that nothing needs now
+    return numbers
 
 
 def once(file, make):
@@ -110,9 +108,6 @@ def chart(points, file):
         return (LEFT + (right - low_x) / (high_x - low_x) * (RIGHT - LEFT),
                 BOTTOM - (np.log(distance) - low_y) / (high_y - low_y) * (BOTTOM - TOP))
 
-    def dot(at, radius, **style):
-        pen.ellipse([at[0] - radius, at[1] - radius, at[0] + radius, at[1] + radius], **style)
-
     for right in np.arange(np.ceil(low_x * 10), np.floor(high_x * 10) + 1) / 10:
         across, _ = place(right, 1)
         pen.line([across, TOP, across, BOTTOM], '#e4e4e4', 2)
@@ -134,8 +129,8 @@ def chart(points, file):
     for name, seeds in points.items():
         color = COLORS[family[name]]
         for seed in seeds:
-            dot(place(*seed), 4, fill=color)
-        dot(means[name], 9, outline=color, fill='white', width=4)
+            pen.circle(place(*seed), 4, color)
+        pen.circle(means[name], 9, 'white', color, 4)
     busy = [place(*seed) for seeds in points.values() for seed in seeds]
     for name, at in means.items():
         busy += label(pen, font, at, name, COLORS[family[name]], busy)
@@ -198,9 +193,8 @@ def run(args):
     for strategy in args.only:
         for seed in args.seeds:
             folder = args.out / f'{strategy.replace(" ", "-")}-{seed}'
-            rows.setdefault(strategy, []).append(once(folder / 'score.json', lambda: distil(
-                exam, folder, strategy, seed=seed, kimg=args.kimg, save_kimg=args.kimg)))
-            shutil.rmtree(folder / 'state', ignore_errors=True)     # 78 MB that nothing needs now
+            rows.setdefault(strategy, []).append(once(
+                folder / 'score.json', lambda: distil(exam, folder, strategy, seed, args.kimg)))
     for kappa in TEACHER_KAPPAS:
         rows[f'teacher {kappa:g}'] = [once(args.out / f'teacher-{kappa:g}.json',
                                            lambda: score(exam, *exam.sample(exam.ddim(kappa))))]

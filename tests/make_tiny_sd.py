@@ -39,8 +39,7 @@ def split():
     """Return all scenes in two lists: held out for scores, and to train on."""
     scenes = tiny_world.all_scenes()
     order = np.random.default_rng(20240603).permutation(len(scenes))
-    scenes = [scenes[i] for i in order]
-    return scenes[:2000], scenes[2000:]
+    return [scenes[i] for i in order[:2000]], [scenes[i] for i in order[2000:]]
 
 
 def training_scenes(count, seed):
@@ -48,11 +47,8 @@ def training_scenes(count, seed):
     rng, scenes = np.random.default_rng(seed), split()[1]
     single = [scene for scene in scenes if len(scene[2]) == 1]
     pairs = [scene for scene in scenes if len(scene[2]) == 2]
-    drawn = []
-    for _ in range(count):
-        kind = single if rng.random() < 1 / 6 else pairs
-        drawn.append(kind[rng.integers(len(kind))])
-    return drawn
+    kinds = (single if rng.random() < 1 / 6 else pairs for _ in range(count))
+    return [kind[rng.integers(len(kind))] for kind in kinds]
 
 
 def captions_of(scenes, seed):
@@ -115,7 +111,7 @@ def make_vae(args):
     with torch.no_grad():
         # Latents get unit variance, as with Stable Diffusion's 0.18215.
         vae.scale = round(1 / vae.moments(to_net(images[:512]))[0].std().item(), 5)
-    save_vae(vae, args.out)
+    vae_module.save(vae, args.out / 'vae', torch.float16)
 
 
 def make_decoder(args):
@@ -138,18 +134,7 @@ def make_decoder(args):
     decoder = torch.nn.ModuleList([vae.post_quant_conv, vae.decoder])
     vae.post_quant_conv, vae.decoder = train(decoder, step, args.iterations or 2000, 1e-3, seed=3,
                                              decay=0.995)
-    save_vae(vae, args.out)
-
-
-def save_vae(vae, folder):
-    """Write a VAE in fp16, read it again, and print how well it encodes and decodes images."""
-    vae_module.save(vae, folder / 'vae', torch.float16)
-    vae, held_out = vae_module.load(folder), split()[0]
-    latents = encode(vae, tiny_world.pictures(held_out, seed=2))
-    with torch.no_grad():
-        images = np.concatenate([sid_lsg.to_uint8(vae.decode(z)) for z in latents.split(100)])
-    share, _ = tiny_world.right(images, held_out)
-    print(f'{share:.2%} of held-out images are right after encoding and decoding')
+    vae_module.save(vae, args.out / 'vae', torch.float16)
 
 
 @torch.no_grad()
