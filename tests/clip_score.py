@@ -27,17 +27,30 @@ SHA256 = '11b3bb58ac0f84f8bce59c4551038a0b288372869e1666ff38224bb71ecc0870'
 URL = 'https://huggingface.co/laion/CLIP-ViT-g-14-laion2B-s12B-b42K'
 
 
+class Attention(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x, causal):
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)           # (B, L, 3 C)
+        q, k, v = qkv.unflatten(2, (3, 16, -1)).permute(2, 0, 3, 1, 4)      # 16 heads
+        h = F.scaled_dot_product_attention(q, k, v, is_causal=causal)       # (B, 16, L, C / 16)
+        return self.out_proj(h.transpose(1, 2).flatten(2))
+
+
 class Layer(nn.Module):
     def __init__(self, c, hidden):
         super().__init__()
         self.ln_1 = nn.LayerNorm(c, eps=1e-5)
-        self.attn = nn.MultiheadAttention(c, 16, batch_first=True)
+        self.attn = Attention(c)
         self.ln_2 = nn.LayerNorm(c, eps=1e-5)
         self.mlp = nn.ModuleDict({'c_fc': nn.Linear(c, hidden), 'c_proj': nn.Linear(hidden, c)})
 
-    def forward(self, x, mask=None):
-        h = self.ln_1(x)
-        x = x + self.attn(h, h, h, attn_mask=mask, need_weights=False)[0]
+    def forward(self, x, causal):
+        x = x + self.attn(self.ln_1(x), causal)
         # The exact GELU: only OpenAI's own weights use quick GELU (open_clip ViT-g-14.json).
         return x + self.mlp['c_proj'](F.gelu(self.mlp['c_fc'](self.ln_2(x))))
 
@@ -62,7 +75,7 @@ class Vision(nn.Module):
         x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1)   # (B, 257, 1408)
         x = self.ln_pre(x + self.positional_embedding)
         for layer in self.transformer['resblocks']:
-            x = layer(x)
+            x = layer(x, causal=False)
         return self.ln_post(x[:, 0]) @ self.proj                            # (B, 1024)
 
 
@@ -84,9 +97,8 @@ class CLIP(nn.Module):
     def text(self, tokens):
         """Map tokens (B, 77) to (B, 1024), the projection of the end token, the largest id."""
         x = self.token_embedding(tokens) + self.positional_embedding
-        causal = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1], x.device)
         for layer in self.transformer['resblocks']:
-            x = layer(x, causal)
+            x = layer(x, causal=True)
         return self.ln_final(x[torch.arange(len(x)), tokens.argmax(1)]) @ self.text_projection
 
 
