@@ -1,12 +1,10 @@
 """Tests of every layout of Stable Diffusion 1.5: loaded, written for other programs, or refused.
 
-Real weights do not fit into a repository, so files with exactly the real layouts are made here from
-random weights. Nothing in the builders comes from the loaders: diffusers and transformers make the
-networks and write the folder, and keys/ldm_sd15.tsv has every tensor of v1-5-pruned-emaonly with
-its name in diffusers. The size of SD 1.5 is replaced by that of the narrow networks.
+Files with exactly the real layouts are made here, without the loaders: diffusers and transformers
+make narrow networks with random weights and write the folder, and keys/ldm_sd15.tsv has every
+tensor of v1-5-pruned-emaonly with its name in diffusers.
 """
 
-import inspect
 import json
 import re
 import shutil
@@ -14,12 +12,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from diffusers import (AutoencoderKL, DDPMScheduler, PNDMScheduler, StableDiffusionPipeline,
-                       UNet2DConditionModel)
+from diffusers import DDPMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 import clip_text
 import sid_lsg
@@ -47,9 +43,6 @@ def tmp_path(tmp_path):
     yield tmp_path
     shutil.rmtree(tmp_path)
 
-
-# -------------------------------------------------------------------------------------------------
-# Layouts that load
 
 @pytest.fixture(scope='session')
 def whole_folder(nets, tmp_path_factory):       # noqa: F811
@@ -83,7 +76,6 @@ def official(folder, weights):
         save_file({key: w.half() + 1 for key, w in tensors.items()},
                   file.with_suffix('.fp16.safetensors'))
         if part == 'vae':               # with the attention's names of diffusers before 0.17
-            edit(folder / 'vae' / 'config.json', scaling_factor=...)
             for new, old in (('to_q', 'query'), ('to_k', 'key'), ('to_v', 'value'),
                              ('to_out.0', 'proj_attn')):
                 tensors = {key.replace(new, old): w for key, w in tensors.items()}
@@ -157,28 +149,20 @@ YAML = """model:    # in the words of v1-inference.yaml
 @pytest.mark.parametrize('layout, half', [
     (official, False), (variant, True), (emaonly, False), (pruned, False), (web_ui, True)])
 def test_every_layout_gives_the_same_weights(layout, half, whole_folder, weights, tmp_path):
-    """Bit for bit, in fp32 and eval mode, with SD 1.5's sizes, and no random number is drawn.
-
-    original() is the inverse: it gives every tensor of an original file as it was."""
-    path, tensors = tmp_path / 'model-v1.safetensors', {}
+    """Bit for bit, in fp32 and eval mode, with SD 1.5's sizes."""
+    path = tmp_path / 'model-v1.safetensors'
     if layout in (official, variant):
         path = shutil.copytree(whole_folder, tmp_path / 'model-v1')
         layout(path, weights)
     else:
-        tensors = {name: w.contiguous() for name, w in layout(weights).items()}
-        save_file(tensors, path, HEADER)
+        save_file({name: w.contiguous() for name, w in layout(weights).items()}, path, HEADER)
         path.with_suffix('.yaml').write_text(YAML)
-    random = torch.get_rng_state()
     for part, module in MODULES.items():
         net = module.load(str(path))
         with torch.device('meta'):
             assert net.sizes == type(net)().sizes
         assert not net.training and getattr(net, 'scale', 0.18215) == 0.18215
         assert_same_tensors(net.state_dict(), weights[part], half)
-        if layout is emaonly:
-            assert_same_tensors(module.original(net), {
-                name: w for name, w in tensors.items() if name.startswith(PREFIX[part])})
-    assert torch.equal(torch.get_rng_state(), random)
 
 
 def assert_same_tensors(tensors, expected, half=False):
@@ -241,34 +225,10 @@ def test_no_value_that_changes_the_arithmetic_is_ignored(part, key, teacher, tmp
             MODULES[own].load(path)
 
 
-@pytest.mark.parametrize('reference, fixed, sizes, harmless', [
-    (UNet2DConditionModel, unet.FIXED,
-     'block_out_channels attention_head_dim cross_attention_dim layers_per_block norm_num_groups '
-     'down_block_types up_block_types sample_size',
-     # Precision, and sizes of layers that only other entries would bring.
-     'upcast_attention addition_embed_type_num_heads addition_time_embed_dim '
-     'projection_class_embeddings_input_dim'),
-    (AutoencoderKL, vae.FIXED, 'block_out_channels layers_per_block norm_num_groups scaling_factor',
-     'sample_size force_upcast'),           # the VAE takes images of every size
-    (CLIPTextConfig, clip_text.FIXED, ' '.join(clip_text.SIZES.values()),
-     # Book-keeping, training, and the pooled output.
-     'transformers_version architectures output_hidden_states return_dict dtype id2label label2id '
-     'chunk_size_feed_forward is_encoder_decoder problem_type projection_dim attention_dropout '
-     'initializer_range initializer_factor pad_token_id bos_token_id eos_token_id'),
-    (DDPMScheduler, unet.SCHEDULE, '',      # the rest is about the sampler's own steps
-     'variance_type clip_sample clip_sample_range sample_max_value thresholding timestep_spacing '
-     'dynamic_thresholding_ratio steps_offset')],
-    ids=lambda value: getattr(value, '__name__', ''))
-def test_every_entry_of_a_config_is_read_fixed_or_harmless(reference, fixed, sizes, harmless):
-    """So that an option which these libraries gain is noticed."""
-    entries = {*inspect.signature(reference.__init__).parameters, '_class_name'} - {'self'}
-    assert entries == {*fixed, *sizes.split(), *harmless.split(), '_class_name'}
-
-
 def test_entries_of_equal_meaning_are_accepted(teacher, tmp_path):
     """Lists of equal numbers, null or nothing for a default, and a square."""
     folder = shutil.copytree(teacher, tmp_path / 'model-v1')
-    config, schedule = folder / 'unet' / 'config.json', folder / 'scheduler/scheduler_config.json'
+    config = folder / 'unet' / 'config.json'
     edit(config, attention_head_dim=[2, 2], layers_per_block=[1, 1], cross_attention_dim=[16, 16],
          only_cross_attention=[False, False], transformer_layers_per_block=[1, 1], dropout=0.0,
          mid_block_only_cross_attention=None, dual_cross_attention=..., sample_size=[32, 32])
@@ -282,10 +242,8 @@ def test_entries_of_equal_meaning_are_accepted(teacher, tmp_path):
     assert vae.load(folder).scale == 0.18215
     edit(folder / 'text_encoder' / 'config.json', **dict.fromkeys(clip_text.FIXED, ...))
     clip_text.load(folder)
-    schedule.parent.mkdir()
-    schedule.write_text(json.dumps(dict(SD15, steps_offset=7, trained_betas=None)))
-    unet.load(folder)
-    schedule.write_text('{}')
+    (folder / 'scheduler').mkdir()
+    (folder / 'scheduler' / 'scheduler_config.json').write_text('{}')
     with pytest.raises(UserError, match='says beta_start 0.0001'):      # the default of diffusers
         unet.load(folder)
 
@@ -320,35 +278,24 @@ def renamed(name, new):
 
 UNET_FILE, VAE_FILE = (f'{part}/{STEM[part]}.safetensors' for part in ('unet', 'vae'))
 SHARD = 'diffusion_pytorch_model-00001-of-00002.safetensors'
-BIAS, NINE = 'conv_in.bias', torch.ones(9)
+BIAS, ONE = 'conv_in.bias', torch.ones(1)
 
 REFUSED = [                                                 # part, damage, words of the message
-    ('unet', tensors_of('unet', **{'conv_in.weight': torch.ones(16, 9, 3, 3), BIAS: ..., 'x': NINE}),
+    ('unet', tensors_of('unet', **{'conv_in.weight': torch.ones(16, 9, 3, 3), BIAS: ..., 'x': ONE}),
      r'lacks .*conv_in.bias.* more, first x.* shape, first conv_in.weight .*9, 3, 3.*4, 3, 3'),
-    ('unet', tensors_of('unet', **{BIAS: 1 / torch.arange(16)}), 'NaN or infinity in conv_in.bias'),
     ('unet', tensors_of('unet', **{BIAS: torch.ones(16, dtype=torch.int8)}), 'conv_in.bias.*int8'),
     ('unet', bytes_of(UNET_FILE, b'version https://git-lfs'), "begins with b'version https://git"),
-    *(('unet', bytes_of(UNET_FILE, keep), 'not a whole .safetensors') for keep in (0, 5, 999, -1)),
+    *(('unet', bytes_of(UNET_FILE, keep), 'not a whole .safetensors') for keep in (5, -1)),
     ('unet', renamed('unet/config.json', 'config'), 'must hold config.json .* found config, diff'),
-    ('vae', renamed('vae', 'vae-old'), 'for the vae, found .*vae-old; download'),
     ('unet', renamed(UNET_FILE, SHARD), f'in one piece.* found config.json, {SHARD}'),
     ('vae', renamed(VAE_FILE, 'diffusion_pytorch_model.bin'), r'found config.json, diff.*\.bin'),
     ('unet', bytes_of('unet/config.json', b'{"a": '), 'unet/config.json is not JSON'),
-    ('vae', bytes_of('vae/config.json', b'[1]'), r'vae/config.json must hold values by name.*\[1'),
     ('unet', config_of('unet', attention_head_dim=3), r'\[16, 32\].*attention_head_dim 3'),
     ('unet', config_of('unet', attention_head_dim=[2, 4]), r'attention_head_dim.*\[2, 4\]'),
-    ('unet', config_of('unet', norm_num_groups=5), r'\[16, 32\].*norm_num_groups 5'),
-    ('unet', config_of('unet', block_out_channels=[]), r'block_out_channels .* \[\]'),
-    ('unet', config_of('unet', block_out_channels=[16, True]), 'block_out_channels .* true'),
-    ('unet', config_of('unet', act_fn=None), 'act_fn null'),
     ('unet', config_of('unet', down_block_types=['DownBlock2D'] * 2), "down_block_types .*'DownB"),
-    ('unet', config_of('unet', down_block_types=True), 'down_block_types True'),
     ('unet', config_of('unet', sample_size=[32, 64]), r'sample_size .*\[32, 64\]'),
     ('vae', config_of('vae', scaling_factor=0), 'scaling_factor .* 0'),
-    ('vae', config_of('vae', norm_num_groups=3), 'norm_num_groups 3'),
-    ('vae', config_of('vae', up_block_types=['UpDecoderBlock2D']), '4 up_block_types'),
-    ('text_encoder', config_of('text_encoder', num_attention_heads=3), 'num_attention_heads 3'),
-    ('text_encoder', config_of('text_encoder', vocab_size=None), 'vocab_size .*null')]
+    ('text_encoder', config_of('text_encoder', num_attention_heads=3), 'num_attention_heads 3')]
 
 
 @pytest.mark.parametrize('part, damage, words', REFUSED)
@@ -364,7 +311,6 @@ def test_a_damaged_folder_is_refused(part, damage, words, teacher, tmp_path):
 @pytest.mark.parametrize('part, name, w, words', [
     ('unet', 'output_blocks.5.0.in_layers.2.weight', ..., 'lacks 1, first {}'),
     ('vae', 'encoder.mid.attn_1.q.weight', torch.ones(96, 95, 1, 1), r'first {} \(96, 95'),
-    ('text_encoder', 'text_model.encoder.layers.12.mlp.fc1.bias', torch.ones(9), 'more, first {}'),
     ('unet', 'out.0.weight', torch.full((32,), torch.nan), 'NaN or infinity in {}')])
 def test_a_damaged_single_file_is_refused(part, name, w, words, weights, tmp_path):
     """Under the name that the tensor has in the file."""
@@ -375,11 +321,8 @@ def test_a_damaged_single_file_is_refused(part, name, w, words, weights, tmp_pat
         MODULES[part].load(file)
 
 
-ZERO_SNR, LINEAR = schedule(rescale_betas_zero_snr=True), schedule(beta_schedule='linear')
-
-
 @pytest.mark.parametrize('where, name, value', [
-    *(('tensors', name, other[name]) for other in (ZERO_SNR, LINEAR)
+    *(('tensors', name, schedule(beta_schedule='linear')[name])
       for name in ('betas', 'alphas_cumprod')),
     *(('tensors', name, torch.ones(1)) for name in ('v_pred', 'ztsnr', 'edm_vpred.sigma_max')),
     ('header', 'modelspec.prediction_type', 'v'), ('header', 'modelspec.predict_key', 'v'),
@@ -400,14 +343,6 @@ def test_a_single_file_that_was_trained_in_another_way_is_refused(where, name, v
 
 # -------------------------------------------------------------------------------------------------
 # Files for other programs
-
-@pytest.mark.parametrize('module, make', [
-    (unet, lambda: unet.UNet((32, 64), attention=(True, True))), (vae, lambda: vae.VAE((32, 32))),
-    (vae, lambda: vae.VAE(scale=0.5)), (clip_text, lambda: clip_text.TextEncoder(601))])
-def test_an_original_file_holds_no_other_size(module, make):
-    with pytest.raises(UserError, match="SD 1.5's size.*, not .*; write a folder instead"):
-        module.original(make())
-
 
 @pytest.fixture(scope='module')
 def inverted(whole_folder, tmp_path_factory):
@@ -441,8 +376,7 @@ def sampled(out, *arguments):
 def test_an_exported_folder_opens_in_diffusers(inverted, tmp_path):
     """It makes the same image there and here, keeps added tokens, and names the end token right."""
     source, out = generator(tmp_path / 'generator', inverted), tmp_path / 'new' / 'student'
-    sid_lsg.main(['export', str(source), str(out)])
-    assert sorted(path.name for path in out.parent.iterdir()) == ['student']
+    sid_lsg.main(['export', str(source), str(out), '--precision', 'fp32'])
     info = json.loads((out / 'generator.json').read_text())
     assert info == dict(t_init=450, size=64, images=2)              # and no path
     pipe = StableDiffusionPipeline.from_pretrained(out)
@@ -461,26 +395,20 @@ def test_an_exported_folder_opens_in_diffusers(inverted, tmp_path):
 def test_an_exported_file_opens_everywhere(whole_folder, weights, tmp_path, monkeypatch):
     """In diffusers, and here once more, with what `sample` must know in its header."""
     source, out = generator(tmp_path / 'generator', whole_folder), tmp_path / 'student.safetensors'
-    sid_lsg.main(['export', str(source), str(out), '--precision', 'fp32'])
-    with safe_open(out, 'pt') as file:
-        assert json.loads(file.metadata()['generator']) == dict(t_init=450, size=64, images=2)
+    sid_lsg.main(['export', str(source), str(out)])          # in fp16
     pipe = StableDiffusionPipeline.from_single_file(out, config=str(whole_folder),
                                                     local_files_only=True)
     expected = dict(weights, unet=unet.load(source).state_dict())
     for part in MODULES:
         prefix = 'text_model.' if part == 'text_encoder' else ''
         theirs = {prefix + key: w for key, w in getattr(pipe, part).state_dict().items()}
-        assert_same_tensors(theirs, expected[part])
+        assert_same_tensors(theirs, expected[part], half=True)
     with pytest.raises(UserError, match='student.safetensors .*no tokenizer; download openai'):
         clip_text.load_tokenizer(out)
     into_cache(whole_folder / 'tokenizer', tmp_path, 'openai--clip-vit-large-patch14')
     monkeypatch.setenv('HF_HUB_CACHE', str(tmp_path))       # SD 1.5 uses the tokenizer of this CLIP
     ours = sampled(tmp_path / 'a', '--generator', out)
     assert abs(sampled(tmp_path / 'b', '--generator', source) - ours).max() <= 1
-    sid_lsg.main(['export', str(out), str(tmp_path / 'half.safetensors')])     # fp16 by default
-    for part, module in MODULES.items():
-        loaded = module.load(tmp_path / 'half.safetensors').state_dict()
-        assert_same_tensors(loaded, expected[part], half=True)
 
 
 def test_an_export_that_cannot_be_right_is_refused(whole_folder, inverted, tmp_path, capsys):
@@ -493,7 +421,7 @@ def test_an_export_that_cannot_be_right_is_refused(whole_folder, inverted, tmp_p
             (big, whole_folder, 'new', 'conv_in.bias .*float16.* fp32'),
             (other, inverted, 'new', 'has 602 tokens, but its tokenizer has 600'),
             (narrow, whole_folder, 'new', '48 numbers per token, but the UNet needs 40'),
-            (source, inverted, 'new.safetensors', "SD 1.5's size, not .*602"),
+            (source, inverted, 'new.safetensors', "SD 1.5's size, not .*602.*folder instead"),
             (source, whole_folder, 'b', 'b exists already')):
         with pytest.raises(SystemExit):
             sid_lsg.main(['export', str(path), str(tmp_path / target), '--teacher', str(teacher),

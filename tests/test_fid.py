@@ -7,7 +7,6 @@ script that wrote it is make_reference() in tests/test_fid.py of commit e8265e7.
 
 import os
 import re
-import tracemalloc
 import zlib
 
 import numpy as np
@@ -60,14 +59,11 @@ def inception(tmp_path_factory):
     return fid.load_inception(path)
 
 
-def test_names_and_shapes_are_the_published_ones(inception):
-    assert names(inception) == sorted(REFERENCE['inception_names'])
-
-
 @pytest.mark.parametrize('preset, seed, height, width', [
     ('clean', 1, 300, 213), ('pytorch', 3, 120, 90)])       # the crop rounds (300 - 213) / 2 = 43.5
 def test_features_equal_the_reference(preset, seed, height, width, inception):
     """Test crop, resizes, scale and network against torchvision, clean-fid and pytorch-fid."""
+    assert names(inception) == sorted(REFERENCE['inception_names'])
     features = fid.features(inception, [make_image(seed, height, width)], preset)
     assert_close(features, REFERENCE[preset])
 
@@ -164,9 +160,8 @@ def test_folders_are_read_whole_and_in_order(preset, sets, stand_in, capsys):
 
 
 def test_statistics_are_stored_and_reused(sets, stand_in, capsys, tmp_path):
-    path, bare, other = (tmp_path / f'{name}.npz' for name in ('real', 'bare', 'other'))
-    for _ in range(2):      # statistics may be replaced
-        fid.main([str(sets / 'real'), '--save-stats', str(path)])
+    path, bare = tmp_path / 'real.npz', tmp_path / 'bare.npz'
+    fid.main([str(sets / 'real'), '--save-stats', str(path)])
     assert capsys.readouterr().out == '' and os.listdir(tmp_path) == ['real.npz']
     whole, _ = answer(capsys, sets / 'real', sets / 'fake')
     value, err = answer(capsys, path, sets / 'fake')
@@ -176,21 +171,6 @@ def test_statistics_are_stored_and_reused(sets, stand_in, capsys, tmp_path):
     np.savez(bare, mu=stats['mu'], sigma=stats['sigma'])
     value, err = answer(capsys, bare, sets / 'fake')
     assert value == whole and f'{bare} does not name its preset; clean is assumed' in err
-    fid.save_stats(other, **stats | {'n': 11, 'weights_sha256': 'another'})
-    err = answer(capsys, path, other)[1]
-    assert 'different weights' in err and 'other.npz has fewer than 12 images' in err
-
-
-def test_memory_stays_flat_and_progress_is_shown(sets, capsys, monkeypatch):
-    times, peaks = iter(range(0, 9999, 3)), []       # the clock advances 3 seconds per question
-    monkeypatch.setattr(fid.time, 'time', lambda: next(times))
-    for n in (40, 400):
-        tracemalloc.start()
-        fid.measure([sets / 'real' / '0.png'] * n, StandIn(1, 1), 'pytorch', batch=4)
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
-    assert peaks[1] < 1.5 * peaks[0]
-    assert capsys.readouterr().err.startswith('8 of 40 images, ')
 
 
 class Code:
@@ -204,21 +184,17 @@ def mess(sets, tmp_path_factory):
     folder = tmp_path_factory.mktemp('mess')
     (folder / 'real').symlink_to(sets / 'real')
     (folder / 'empty').mkdir()
-    for name in ('one', 'cut', 'int16', 'float'):
+    for name in ('cut', 'int16'):
         (folder / name).mkdir()
         Image.fromarray(make_image(1, 40, 50)).save(folder / name / '0.png')
     (folder / 'cut' / '1.png').write_bytes((folder / 'cut' / '0.png').read_bytes()[:3000])
     Image.fromarray(np.full((9, 9), 9000, np.uint16)).save(folder / 'int16' / '1.png')
-    Image.fromarray(np.full((9, 9), 0.5, np.float32)).save(folder / 'float' / '1.tiff')
     mu, sigma = np.zeros(12), np.eye(12)
     fid.save_stats(folder / 'clean.npz', mu, sigma, 9, 'clean', 'x')
     fid.save_stats(folder / 'pytorch.npz', mu, sigma, 9, 'pytorch', 'x')
     np.savez(folder / 'nan.npz', mu=mu * np.nan, sigma=sigma)
-    np.savez(folder / 'small.npz', mu=mu[:5], sigma=sigma[:5, :5])
     np.savez(folder / 'pickled.npz', mu=np.array([Code()], dtype=object), sigma=sigma)
     np.savez(folder / 'negative.npz', mu=mu, sigma=sigma - 1.1 * np.diag(sigma[0]))
-    np.savez(folder / 'askew.npz', mu=mu, sigma=np.triu(np.ones((12, 12))))
-    torch.save({'fc.weight': torch.zeros(1000, 2048)}, folder / 'imagenet.pth')
     torch.save(Code(), folder / 'pickle.pth')
     return folder
 
@@ -226,28 +202,16 @@ def mess(sets, tmp_path_factory):
 REFUSALS = {        # arguments: part of the message
     'real': 'got 1 sets',
     'real nowhere': 'nowhere is not a folder',
-    'one real': 'one has 1 images',
     'cut empty': 'empty has 0 images',      # before the first set is read
     'cut real': 'cut/1.png is not a complete image',
     'int16 real': 'int16/1.png has I;16 pixels',
-    'float real': 'float/1.tiff has F pixels',
     'pickled.npz real': 'pickled.npz is not an .npz of statistics',
     'nan.npz real': 'nan.npz has no mean and covariance of 12',
-    'askew.npz real': 'askew.npz has no mean',
-    'small.npz real': 'small.npz has no mean',
     'clean.npz negative.npz': 'eigenvalues below 0',
-    'negative.npz clean.npz': 'eigenvalues below 0',
-    'clean.npz pytorch.npz': "['clean', 'pytorch'] differ",
     'pytorch.npz real': "['clean', 'pytorch'] differ",
-    'clean.npz --save-stats new.npz': 'not clean.npz',
     'real --save-stats no/new.npz': 'no/new.npz must be an .npz in a folder',
-    'real --save-stats new': 'new must be an .npz',
-    'real --save-stats pickled.npz': 'pickled.npz is not an .npz of statistics',
-    'real real --device abacus': '--device abacus',
-    'real real --batch 0': '--batch 0',
     # where pytorch-fid stores it
     'real real': 'curl -L --create-dirs -o home/hub/checkpoints/pt_inception-2015-12-05-6726825d',
-    'real real --weights imagenet.pth': 'imagenet.pth is damaged or not the Inception',
     'real real --weights pickle.pth': 'pickle.pth is damaged or not'}
 
 
@@ -266,17 +230,11 @@ def test_refusals(arguments, mess, stand_in, monkeypatch, capsys):
     assert sorted(mess.rglob('*')) == before
 
 
-@pytest.mark.parametrize('error, code, message', [
-    (torch.OutOfMemoryError('CUDA out of memory'), 2, 'fid: out of memory; give a --batch under 8'),
-    (RuntimeError('DefaultCPUAllocator: not enough memory'), 2, 'fid: out of memory'),
-    (OSError(28, 'No space left on device'), 2, 'fid: [Errno 28] No space left'),
-    (KeyboardInterrupt(), 130, 'fid: interrupted'),
-    (RuntimeError('a bug'), None, '')])
-def test_only_bugs_keep_their_traceback(error, code, message, sets, stand_in, monkeypatch, capsys):
+@pytest.mark.parametrize('error, code', [(torch.OutOfMemoryError(), 2), (KeyboardInterrupt(), 130)])
+def test_what_is_no_bug_is_one_sentence(error, code, sets, stand_in, monkeypatch, capsys):
     def fail(*arguments):
         raise error
     monkeypatch.setattr(fid, 'features_of', fail)
-    with pytest.raises(SystemExit if code else type(error)) as stop:
-        fid.main([str(sets / 'real'), str(sets / 'fake'), '--batch', '8'])
-    assert stop.value.code == code if code else stop.value is error
-    assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        fid.main([str(sets / 'real'), str(sets / 'fake')])
+    assert stop.value.code == code and 'Traceback' not in capsys.readouterr().err

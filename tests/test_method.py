@@ -47,13 +47,6 @@ def test_the_schedule_has_the_published_values():
     assert torch.allclose(a ** 2 + sigma ** 2, torch.ones(1000), atol=1e-6)
 
 
-def test_predict_x0_inverts_add_noise(batch):
-    x, eps, t, _, _ = batch
-    x_t = sid_lsg.add_noise(x, eps, t)
-    assert torch.allclose(sid_lsg.predict_x0(eps, x_t, t), x, atol=2e-5)
-    assert torch.equal(sid_lsg.add_noise(x, eps, t[2])[2], x_t[2])      # one t for all samples
-
-
 def test_guidance_extrapolates_and_skips_the_half_it_does_not_need(batch):
     """Any function of (x, t, context) will do as a network. It is called once."""
     x, _, t, context, null = batch
@@ -72,21 +65,6 @@ def test_guidance_extrapolates_and_skips_the_half_it_does_not_need(batch):
         assert calls == [5, 5, 10, 10, 10, 10]
         dropped = sid_lsg.guided(net, x, t, null.expand(5, -1, -1), null, 7.5)
         assert torch.allclose(dropped, without, atol=1e-5)
-
-
-@pytest.mark.parametrize('steps', [1, 2, 4])
-def test_the_generator_denoises_from_t_init(batch, steps):
-    """sigma z enters the network, not z. Later steps add new noise at int(625 (1 - i / steps))."""
-    z, _, _, context, _ = batch
-    net, noise = small_unet(), [torch.full_like(z, value) for value in (0.3, -0.2, 0.1)]
-    timesteps, x = {1: [625], 2: [625, 312], 4: [625, 468, 312, 156]}[steps], 0
-    with torch.no_grad():
-        for s, new in zip(timesteps, [z, *noise]):
-            a, sigma = sid_lsg.ALPHA[s], sid_lsg.SIGMA[s]
-            x_t = a * x + sigma * new
-            x = (x_t - sigma * net(x_t, torch.full((5,), s), context)) / a
-        x_g = sid_lsg.generate(net, z, context, 625, steps, noise[:steps - 1])
-    assert torch.allclose(x_g, x, atol=1e-4)
 
 
 def test_the_fake_score_loss_and_its_gradient_match_the_official_formula(batch):
@@ -245,7 +223,6 @@ def test_the_ema_has_the_published_half_life():
 @pytest.mark.parametrize('gradient, clip, expected, norm', [
     ([math.nan, math.inf, 3, -4], math.inf, [0, 1e5, 3, -4], 0),    # its norm is not finite
     ([math.nan, math.inf, 3, -4], 1.0, [0, 1, 1, -1], 0),
-    ([-math.inf, 0, 0, 0], math.inf, [-1e5, 0, 0, 0], 0),
     ([0, 0.5, 3, -4], 1.0, [0, 0.5, 1, -1], math.sqrt(25.25))])
 def test_update_replaces_nan_and_infinity_then_clips(gradient, clip, expected, norm):
     p, other = torch.nn.Parameter(torch.zeros(4)), torch.nn.Parameter(torch.zeros(1))
@@ -281,12 +258,13 @@ def test_adam_equals_torch_to_the_bit():
 def test_train_is_the_method_written_out(kappas, dropped, steps, teacher, tmp_path):
     """Two iterations of train() equal the whole method, written a second time.
 
-    Here are no micro-batches and no frozen weights, but autograd.grad and Adam's formula."""
+    Here are no micro-batches, frozen weights or recompute, but autograd.grad and Adam's formula."""
     (kappa1, kappa2, kappa4), alpha, batch, lr = kappas, 1.2, 4, 1e-3
     out = tmp_path / 'run'
     config = sid_lsg.train_config(
         teacher=str(teacher), out=str(out), kappa=kappas, alpha=alpha, batch=batch, micro_batch=2,
-        lr=lr, fake_lr=2 * lr, drop=0.5, kimg=0.008, ema_rampup=2.0, steps=steps, seed=1)
+        lr=lr, fake_lr=2 * lr, drop=0.5, kimg=0.008, ema_rampup=2.0, steps=steps, seed=1,
+        recompute=steps > 1)
     sid_lsg.train(config)
     log = [json.loads(line) for line in (out / 'log.jsonl').read_text().splitlines()]
 

@@ -60,15 +60,6 @@ def nets():
             num_attention_heads=12, bos_token_id=598, eos_token_id=599, pad_token_id=599)), 3)}
 
 
-@pytest.fixture(scope='session')
-def ours(nets, tmp_path_factory):
-    """Our networks, loaded from the folder that diffusers and transformers write."""
-    folder = tmp_path_factory.mktemp('checkpoint')
-    for part, net in nets.items():
-        net.save_pretrained(folder / part)
-    return {part: module.load(folder) for part, module in MODULES.items()}
-
-
 # -------------------------------------------------------------------------------------------------
 # The same outputs
 
@@ -98,7 +89,7 @@ def assert_same_vae(ours, theirs, images, latents):
 
 
 @torch.no_grad()
-def assert_same_text(ours, theirs, start=598):
+def assert_same_text(ours, theirs, start):
     """Compare text embeddings, and that transformers pools where the config has the end token."""
     end = start + 1
     tokens = torch.randint(start, (3, 77), generator=torch.Generator().manual_seed(50))
@@ -113,17 +104,10 @@ def assert_same_text(ours, theirs, start=598):
     (torch.tensor([0, 999, 417]), 16, 24),      # a timestep for each image, with both ends
     (torch.tensor([625, 20]), 9, 13),           # with odd sizes, upsampling must match the skips
     (torch.tensor(625), 16, 8)])                # one timestep, without a dimension, for all
-def test_unet_equals_diffusers(nets, ours, t, height, width):
-    assert_same_unet(ours['unet'], nets['unet'], t, height, width, context_dim=48, seed=10)
-
-
-def test_vae_equals_diffusers(nets, ours):
-    images = noise(2, 3, 36, 44, seed=30)       # not multiples of 8, to show where padding goes
-    assert_same_vae(ours['vae'], nets['vae'], images, 0.18215 * noise(2, 4, 5, 7, seed=31))
-
-
-def test_text_encoder_equals_transformers(nets, ours):
-    assert_same_text(ours['text_encoder'], nets['text_encoder'])
+def test_unet_equals_diffusers(nets, t, height, width):
+    ours = unet.UNet(*SMALL['unet'])
+    ours.load_state_dict(nets['unet'].state_dict())
+    assert_same_unet(ours, nets['unet'], t, height, width, context_dim=48, seed=10)
 
 
 def test_saved_networks_of_other_sizes_open_in_diffusers(tmp_path):
@@ -144,8 +128,8 @@ def test_saved_networks_of_other_sizes_open_in_diffusers(tmp_path):
     for mine in (net, loaded):
         assert_same_unet(mine, theirs, torch.tensor([3, 700]), 8, 6, context_dim=48, seed=20)
     theirs = AutoencoderKL.from_pretrained(tmp_path, subfolder='vae')
-    for mine in (autoencoder, vae.load(tmp_path)):
-        assert_same_vae(mine, theirs, noise(1, 3, 24, 20, seed=40), noise(1, 4, 6, 5, seed=41))
+    for mine in (autoencoder, vae.load(tmp_path)):      # not multiples of 4: where padding goes
+        assert_same_vae(mine, theirs, noise(1, 3, 26, 23, seed=40), noise(1, 4, 6, 5, seed=41))
     theirs = CLIPTextModel.from_pretrained(tmp_path / 'text_encoder').eval()
     for mine in (text, clip_text.load(tmp_path)):
         assert_same_text(mine, theirs, start=298)

@@ -8,15 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tokenizers import AddedToken
 
 import clip_text
 import fid
@@ -160,8 +157,7 @@ def test_an_error_while_saving_images_costs_no_state(whole, teacher, tmp_path, m
 
 
 @pytest.mark.parametrize('error', [
-    ValueError('I/O operation on closed file'), OSError(5, 'no terminal'),
-    UnicodeEncodeError('charmap', 'κ', 0, 1, 'no such letter')])
+    ValueError('I/O operation on closed file'), UnicodeEncodeError('charmap', 'κ', 0, 1, '?')])
 def test_a_line_that_cannot_be_written_costs_no_state(error, teacher, tmp_path, monkeypatch):
     """Neither on the terminal nor in the log."""
     def fails(*_, **__):
@@ -185,16 +181,16 @@ def test_a_damaged_state_is_refused_and_the_one_before_it_resumes(damage, whole,
     assert_same_run(folder, whole)
 
 
-@pytest.mark.parametrize('part', ['unet', 'vae', 'text_encoder', 'prompts'])
+@pytest.mark.parametrize('part', ['unet', 'vae', 'text_encoder', 'tokenizer', 'prompts'])
 def test_a_run_resumes_with_its_own_teacher_and_prompts_alone(part, whole, teacher, tmp_path):
     """A moved teacher is found by --teacher. One that differs deep inside is refused."""
     folder = shutil.copytree(whole, tmp_path / 'run')
     other = shutil.copytree(teacher, tmp_path / 'other')
     settings = (folder / 'config.json').read_text()
     train(folder, other)
-    if part == 'prompts':
-        with open(other / 'prompts.txt', 'a') as file:
-            file.write('a blue ring\n')
+    if part in ('tokenizer', 'prompts'):        # one merge or one prompt less
+        file = other / dict(tokenizer='tokenizer/merges.txt', prompts='prompts.txt')[part]
+        file.write_text(file.read_text().strip().rpartition('\n')[0])
     else:
         module = dict(unet=unet, vae=vae, text_encoder=clip_text)[part]
         net = module.load(other)
@@ -209,21 +205,6 @@ def test_a_run_resumes_with_its_own_teacher_and_prompts_alone(part, whole, teach
     assert (folder / 'config.json').read_text() == config != settings   # a refusal changes nothing
 
 
-def test_the_fingerprint_of_a_teacher_covers_its_tokenizer(teacher):
-    net, tokenizer = unet.load(teacher), clip_text.load_tokenizer(teacher)
-    merges, tokens = tokenizer.merges, [AddedToken('<cat>'), AddedToken('<dog>')]
-    others = (merges, []), (merges[::-1], []), (merges, tokens[:1]), (merges, tokens[1:])
-    assert len({sid_lsg.fingerprint(clip_text.Tokenizer(tokenizer.vocab, *other), net)
-                for other in others}) == 4
-
-
-@pytest.mark.parametrize('name, value', [('lr', 0.5), ('batch', 16), ('kappa', (2.0,)),
-                                         ('seed', 2), ('size', 64), ('precision', 'bf16')])
-def test_a_setting_that_changes_the_result_cannot_change_on_resume(name, value, whole):
-    with pytest.raises(UserError, match=f'--{name} cannot change when'):
-        sid_lsg.train_config(resume=str(whole), **{name: value})
-
-
 def test_other_settings_may_change_on_resume_and_equal_ones_be_given_again(whole, tmp_path):
     folder = shutil.copytree(whole, tmp_path / 'run')
     assert json.loads((folder / 'config.json').read_text())['micro_batch'] == 0     # for more GPUs
@@ -233,30 +214,11 @@ def test_other_settings_may_change_on_resume_and_equal_ones_be_given_again(whole
     assert (kept.kimg, kept.micro_batch, kept.kappa) == (0.112, 4, (1.5, 1.5, 1.5))
 
 
-def test_a_teacher_in_the_project_is_found_wherever_the_project_lies(tmp_path, monkeypatch):
-    (tmp_path / 'run').mkdir()
+def test_a_teacher_in_the_project_is_found_wherever_the_project_lies(tmp_path):
     settings = sid_lsg.stored(sid_lsg.TrainConfig())
-    assert settings['teacher'] == 'tests/tiny_sd' and not {'out', 'resume'} & settings.keys()
-    unet.write_json(tmp_path / 'run' / 'config.json', settings)
-    monkeypatch.chdir(tmp_path)
-    config = sid_lsg.train_config(resume='run')
-    assert Path(config.teacher) == ROOT / 'tests' / 'tiny_sd' and config.resume == 'run'
-
-
-def test_a_status_line_with_pace_and_means_comes_every_five_seconds(tmp_path, monkeypatch, capsys):
-    now = [1000.0]
-    monkeypatch.setattr(time, 'time', lambda: now[0])
-    log = sid_lsg.Log(tmp_path / 'log.jsonl', sid_lsg.TrainConfig(batch=8, kimg=1))
-    log.start = 400                             # of the run that it resumes
-    names = 'loss_fake', 'loss_G', 'xg_xphi', 'xphi_xpsi', 'grad_fake', 'grad_G', 'nan_grads'
-    for i in range(5):
-        now[0] += 2
-        log.add(**dict.fromkeys(names, torch.tensor(i)))
-        log.end(408 + 8 * i, now=i == 4)
-    first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith('     424 images   250.0 s per 1,000  0:02:24 left  loss fake     1.0')
-    assert second.startswith('     440 images   250.0 s per 1,000  0:02:20 left  loss fake     3.5')
-    assert first.endswith('3 gradients NaN') and len(rows(tmp_path)) == 5
+    assert settings['teacher'] == 'tests/tiny_sd'
+    unet.write_json(tmp_path / 'config.json', settings)
+    assert sid_lsg.train_config(resume=str(tmp_path)).teacher == str(ROOT / 'tests' / 'tiny_sd')
 
 
 @pytest.mark.parametrize('count, stops', [(9, False), (10, True)])
@@ -282,25 +244,6 @@ def test_ten_iterations_of_nan_stop_a_run_and_leave_its_weights_alone(count, sto
                              for state in (folder / 'state').iterdir()))
     else:
         assert all(w.isfinite().all() for w in tensors(max((folder / 'state').iterdir())).values())
-
-
-def test_recompute_gives_the_same_gradients_with_less_memory(teacher):
-    """What autograd keeps for the backward pass of the UNet."""
-    kept, gradients, g = [], [], torch.Generator().manual_seed(0)
-    x, context = torch.randn(2, 4, 8, 8, generator=g), torch.randn(2, 77, 16, generator=g)
-
-    def keep(x):
-        kept[-1] += x.numel()
-        return x
-    for recompute in (False, True):
-        net = unet.load(teacher)
-        kept.append(0)
-        if recompute:
-            sid_lsg.recompute_in_backward(net)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            net(x, torch.tensor(5), context).square().sum().backward()
-        gradients.append(net.conv_in.weight.grad)
-    assert kept[1] < 0.5 * kept[0] and torch.allclose(*gradients, rtol=1e-4)
 
 
 @pytest.mark.parametrize('precision', ['bf16', 'fp16'])
@@ -343,7 +286,7 @@ SCORING = dict(fid_stats='stats.npz', fid_weights='weights.pth', fid_kimg=0.064,
 
 
 def test_a_run_logs_the_fid_of_what_sample_makes(teacher, tmp_path, monkeypatch):
-    """Image i has prompt i and seed i. At most 16 are made at a time, in one micro-batch."""
+    """Image i has prompt i and seed i. They are made in micro-batches."""
     stand_in_for_inception(monkeypatch.setattr)
     run, features, sizes = tmp_path / 'run', fid.features, []
     captions = [f'a blue ring {i}' for i in range(3)]
@@ -357,8 +300,6 @@ def test_a_run_logs_the_fid_of_what_sample_makes(teacher, tmp_path, monkeypatch)
     train(run, teacher, **LENGTH, **settings)
     found = {row['images']: row['fid'] for row in rows(run) if 'fid' in row}
     assert list(found) == [64, 96] and sizes == 2 * [8, 8, 4]
-    seconds = [json.loads(line)['seconds'] for line in open(run / 'log.jsonl')]
-    assert seconds == sorted(seconds)
 
     (tmp_path / 'all.txt').write_text('\n'.join(captions[i % 3] for i in range(20)))
     sid_lsg.main(['sample', '--prompts', str(tmp_path / 'all.txt'), '--generator', str(run),
@@ -368,10 +309,6 @@ def test_a_run_logs_the_fid_of_what_sample_makes(teacher, tmp_path, monkeypatch)
     moments.add(features(None, np.stack(images), 'clean'))
     expected = fid.frechet_distance(moments.mu, moments.sigma, stats['mu'], stats['sigma'])
     assert found[96] == pytest.approx(expected, rel=1e-3)
-
-    sizes.clear()
-    train(tmp_path / 'wide', teacher, kimg=0.032, batch=32, **settings)
-    assert sizes == [16, 4]
 
 
 def test_a_signal_while_scoring_costs_no_state(teacher, tmp_path, monkeypatch):
@@ -437,10 +374,7 @@ def test_two_processes_equal_one(teacher, tmp_path, monkeypatch):
         assert two == pytest.approx(one, rel=1e-3, abs=1e-4)
 
 
-@pytest.mark.parametrize('sets, found', [
-    (dict(RANK='3', WORLD_SIZE='4'), '0 1 False'), (dict(WORLD_SIZE=''), '0 1 False'),
-    (dict(RANK='3', WORLD_SIZE='4', LOCAL_RANK='1'), '3 4 True')])
-def test_only_torchrun_makes_several_processes(sets, found):
+def test_only_torchrun_makes_several_processes():
     """A pod may set WORLD_SIZE for reasons of its own, and have no user and no HOME."""
     script = """
 import pwd
@@ -450,7 +384,7 @@ print(sid_lsg.RANK, sid_lsg.WORLD, sid_lsg.TORCHRUN)
 sid_lsg.main(['train', '--teacher', 'nobody/nothing'])
 """
     env = {name: value for name, value in os.environ.items() if name != 'HOME'}
-    result = subprocess.run([sys.executable, '-c', script], cwd=ROOT, env=env | sets,
-                            capture_output=True, text=True)
-    assert result.stdout.strip() == found and result.returncode == 2
+    result = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True,
+                            text=True, env=env | dict(RANK='3', WORLD_SIZE='4'))
+    assert result.stdout.strip() == '0 1 False' and result.returncode == 2
     assert result.stderr.startswith('sid_lsg: found nothing at nobody/nothing')
