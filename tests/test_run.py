@@ -388,3 +388,54 @@ sid_lsg.main(['train', '--teacher', 'nobody/nothing'])
                             text=True, env=env | dict(RANK='3', WORLD_SIZE='4'))
     assert result.stdout.strip() == '0 1 False' and result.returncode == 2
     assert result.stderr.startswith('sid_lsg: found nothing at nobody/nothing')
+
+
+def test_a_run_needs_no_posix_and_no_rights(whole, teacher, tmp_path, monkeypatch):
+    """Windows has two of the signals and syncs no folder and no file that is open for reading. Some
+    file systems refuse chmod."""
+    sync, fcntl = os.fsync, pytest.importorskip('fcntl')
+
+    def sync_as_windows(handle):
+        assert fcntl.fcntl(handle, fcntl.F_GETFL) & (os.O_WRONLY | os.O_RDWR)
+        sync(handle)
+
+    def refuse(*arguments, **options):
+        raise PermissionError('Operation not permitted')
+    for name in ('SIGHUP', 'SIGUSR1'):
+        monkeypatch.delattr(signal, name)
+    monkeypatch.setattr(os, 'fsync', sync_as_windows)
+    monkeypatch.setattr(os, 'chmod', refuse)
+    train(tmp_path / 'run', teacher, **LENGTH)
+    assert_same_run(whole, tmp_path / 'run')
+
+
+@LINUX
+def test_nohup_keeps_ignoring_a_closed_terminal(teacher, tmp_path, monkeypatch):
+    handlers, update = [], sid_lsg.update
+    monkeypatch.setattr(sid_lsg, 'update', lambda *arguments: handlers.append(
+        signal.getsignal(signal.SIGHUP)) or update(*arguments))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        train(tmp_path / 'run', teacher, kimg=0.008)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert handlers == 2 * [signal.SIG_IGN]
+
+
+def test_prompts_that_the_terminal_cannot_show_are_no_error(teacher, tmp_path):
+    (tmp_path / 'prompts.txt').write_text('猫 🐈\n', encoding='utf-8')
+    result = subprocess.run(
+        [sys.executable, 'sid_lsg.py', 'train', '--teacher', teacher, '--kimg', '0.008', '--prompts',
+         tmp_path / 'prompts.txt', '--out', tmp_path / 'run'], cwd=ROOT, capture_output=True,
+        env=os.environ | dict(PYTHONIOENCODING='cp1252', OMP_NUM_THREADS='1'))
+    assert result.returncode == 0 and b'"? ?"' in result.stdout
+
+
+def test_a_repo_id_in_the_cache_brings_its_settings_and_prompts(teacher, tmp_path, monkeypatch):
+    shutil.copytree(teacher, tmp_path / 'models--org--name' / 'snapshots' / 'a1')
+    monkeypatch.setenv('HF_HUB_CACHE', str(tmp_path))
+    train(tmp_path / 'run', 'org/name', kimg=0.008)
+    config = json.loads((tmp_path / 'run' / 'config.json').read_text())
+    assert config['teacher'] == 'org/name' and config['lr'] == sid_lsg.train_config(
+        teacher=str(teacher)).lr
+    assert sid_lsg.find_generator(tmp_path / 'run')[1]['teacher'] == 'org/name'
