@@ -1,7 +1,7 @@
 """CLIP ViT-L/14's text encoder from scratch, and its tokenizer on top of the tokenizers library.
 
-Prompts become token ids (B, 77), and these become text embeddings (B, 77, 768): the output of the
-last layer after the final LayerNorm, without pooling and projection (CompVis/stable-diffusion
+Prompts become token ids (B, 77), and these become text embeddings (B, 77, 768). They are the last
+layer's output after the final LayerNorm, without pooling and projection (CompVis/stable-diffusion
 @21f890f, ldm/modules/encoders/modules.py 152-159). Module names are those of transformers'
 CLIPTextModel in published checkpoints.
 
@@ -32,8 +32,8 @@ START, END = '<|startoftext|>', '<|endoftext|>'
 class Tokenizer:
     """CLIP's lower-cased byte-level BPE. tokenizer(list of B prompts) -> ids (B, 77) int64.
 
-    A prompt becomes the start token, at most 75 tokens of text, and end tokens up to 77, because SD
-    pads with the end token. (SD 1.5's text_encoder/config.json names other ids, which are wrong.)
+    A prompt becomes the start token, at most 75 tokens of text, and end tokens up to 77: SD pads
+    with the end token. The ids that SD 1.5's text_encoder/config.json names are wrong.
 
     vocab is {token: id}, merges a list of pairs of tokens, and added a list of AddedToken, such as
     those of textual inversion; their ids follow the vocabulary's.

@@ -516,8 +516,8 @@ SCHEDULE = {'num_train_timesteps': 1000, 'beta_start': 0.00085, 'beta_end': 0.01
             'rescale_betas_zero_snr': False}
 BETAS = np.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000) ** 2        # "scaled_linear"; (1000,)
 
-# Entries of an original file's header (as ComfyUI and kohya write it) or .yaml file, and names of
-# tensors by which ComfyUI marks models, with the values that are right for SD 1.5.
+# What an original file can say about its training, with the values that are right for SD 1.5. The
+# entries are in its header (by ComfyUI and kohya), in its .yaml file, or names of marker tensors.
 TRAINING = {
     'modelspec.architecture': ('stable-diffusion-v1', 'stable-diffusion-v1-5'),
     'modelspec.prediction_type': ('epsilon', 'eps'), 'modelspec.predict_key': ('epsilon', 'eps'),

@@ -64,7 +64,10 @@ def main(arguments=None):
     log = args.run / 'log.jsonl'
     if not log.is_file():
         parser.exit(2, f'curves: {log} does not exist; give the folder of a run\n')
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    lines = log.read_text(encoding='utf-8', errors='replace').splitlines()
+    rows = [json.loads(line) for line in lines if line[:1] + line[-1:] == '{}']     # whole ones
+    if not rows:
+        parser.exit(2, f'curves: {log} has no rows yet; wait for the first status line\n')
     curves = [{row['images'] / 1000: row[name] for row in rows if row.get(name) is not None}
               for name in TITLES]
     end = max(max(points, default=0) for points in curves)

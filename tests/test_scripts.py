@@ -128,7 +128,7 @@ def test_curves_follow_the_numbers(tmp_path):
     rows = [{'images': 8 * i, 'loss_fake': float(i), 'grad_G': None if i == 3 else 200.0 - i}
             for i in range(1, 200)]
     rows[25]['loss_fake'] = 1e9         # A spike must not flatten the rest.
-    lines = [json.dumps(row) for row in rows] + ['{"images": 1600, "fid": 20.0}']
+    lines = [json.dumps(row) for row in rows] + ['{"images": 1600, "fid": 20.0}', '{"images": 16']
     (tmp_path / 'log.jsonl').write_text('\n'.join(lines))
     curves.main([str(tmp_path)])
     image = np.asarray(Image.open(tmp_path / 'curves.png'))
