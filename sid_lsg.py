@@ -788,7 +788,8 @@ def sample(config):
               '--teacher-steps must be 1 to 500, without --generator and --steps')
         check(math.isfinite(config.kappa), f'--kappa must be finite, found {config.kappa}')
         path = config.teacher or str(TINY_TEACHER)
-        info = dict(teacher=path, teacher_steps=config.teacher_steps, kappa=config.kappa)
+        info = dict(teacher=path, teacher_steps=config.teacher_steps, kappa=config.kappa,
+                    source=relative(path))      # so that images of two teachers never mix
     else:
         path, info = find_generator(config.generator, config.teacher)
         info['steps'] = config.steps or info.get('steps', 1)

@@ -242,9 +242,8 @@ class UNet(nn.Module):
           3   |      8      |   1280   |     no       |      2 / 3
          mid  |      8      |   1280   |     yes      |        2
 
-    heads is the NUMBER of heads, 8 at every level, though config.json calls it attention_head_dim
-    (openaimodel.py 542-543, v1-inference.yaml 39). layers counts the resnets per level on the
-    way down.
+    heads is the NUMBER of heads, 8 at every level (openaimodel.py 542-543, v1-inference.yaml 39).
+    config.json calls it attention_head_dim. layers counts the resnets per level on the way down.
     """
 
     def __init__(self, channels=(320, 640, 1280, 1280), context_dim=768, heads=8, layers=2,
@@ -516,8 +515,8 @@ SCHEDULE = {'num_train_timesteps': 1000, 'beta_start': 0.00085, 'beta_end': 0.01
             'rescale_betas_zero_snr': False}
 BETAS = np.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000) ** 2        # "scaled_linear"; (1000,)
 
-# What an original file can say about its training, with the values that are right for SD 1.5. The
-# entries are in its header (by ComfyUI and kohya), in its .yaml file, or names of marker tensors.
+# Entries that describe the training of an original file, with the values that are right for SD 1.5.
+# They are in its header (by ComfyUI and kohya), in its .yaml file, or names of marker tensors.
 TRAINING = {
     'modelspec.architecture': ('stable-diffusion-v1', 'stable-diffusion-v1-5'),
     'modelspec.prediction_type': ('epsilon', 'eps'), 'modelspec.predict_key': ('epsilon', 'eps'),

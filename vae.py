@@ -158,8 +158,8 @@ class VAE(nn.Module):
     """Stable Diffusion's autoencoder. The defaults are SD 1.5's, with 83.7 M weights.
 
     channels are those of the levels, finest first. Every level but the last halves the resolution.
-    layers is the number of resnets per level in the encoder, groups that of every GroupNorm. Latents
-    are multiplied by scale for about unit variance; 0.18215 is from v1-inference.yaml 17.
+    layers is the number of resnets per level in the encoder, groups that of every GroupNorm.
+    Latents are multiplied by scale, for about unit variance; 0.18215 is from v1-inference.yaml 17.
     """
 
     def __init__(self, channels=(128, 256, 512, 512), layers=2, groups=32, scale=0.18215):

@@ -173,8 +173,11 @@ def test_sample_can_use_the_teacher(teacher, tmp_path):
     ask = ['sample', 'x', '--teacher', teacher, '--teacher-steps', 3, '--out', tmp_path / 'images']
     assert call(*ask).code == 0
     saved = json.loads((tmp_path / 'images' / 'sample.json').read_text())
-    assert saved == dict(teacher_steps=3, kappa=1.5, precision='fp32', jobs=[['x', 0]])
+    assert saved == dict(teacher_steps=3, kappa=1.5, precision='fp32', jobs=[['x', 0]],
+                         source=str(teacher))
     assert 'another kappa' in call(*ask, '--kappa', 2).err
+    ask[ask.index(teacher)] = shutil.copytree(teacher, tmp_path / 'other')
+    assert 'another source' in call(*ask).err
 
 
 def test_generators_are_found_and_exported(work, tmp_path):
