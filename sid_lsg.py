@@ -89,8 +89,8 @@ DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 
 
 # -------------------------------------------------------------------------------------------------
-# Settings. Each field is an option of the command line. The defaults of train are the paper's. A
-# file sid_lsg.json in the teacher's folder can replace them, as the tiny teacher's does.
+# Settings. Each field is an option of the command line. The defaults of train come from
+# the paper. A file sid_lsg.json in the teacher's folder can replace them, as in tests/tiny_sd.
 
 def option(default, help, **more):
     return field(default=default, metadata={'help': help, **more})
@@ -1135,7 +1135,8 @@ FREE = (*PATHS, 'out', 'resume', 'kimg', 'save_kimg', 'fid_kimg', 'fid_num', 'de
 
 
 def train_config(**given):
-    """Return a TrainConfig: the given settings, then the run's or teacher's, then the paper's."""
+    """Return a TrainConfig. A setting that is not given comes from the run to resume or from the
+    teacher's folder, and otherwise from the paper."""
     check(given.get('resume') != '', '--resume needs the name of a run folder')
     run = Path(given['resume']) / 'config.json' if 'resume' in given else None
     if run and run.is_file():
