@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import clip_text
 import fid
@@ -439,3 +440,51 @@ def test_a_repo_id_in_the_cache_brings_its_settings_and_prompts(teacher, tmp_pat
     assert config['teacher'] == 'org/name' and config['lr'] == sid_lsg.train_config(
         teacher=str(teacher)).lr
     assert sid_lsg.find_generator(tmp_path / 'run')[1]['teacher'] == 'org/name'
+
+
+# Of its speed on a GPU, what can be counted without one.
+
+class Reads(TorchDispatchMode):
+    """Counts operations that hand a tensor's content to Python, for which a GPU has to be waited."""
+    names = 'aten._local_scalar_dense', 'aten.nonzero', 'aten.equal', 'aten.masked_select'
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count += str(operation).startswith(self.names)
+        return operation(*args, **(kwargs or {}))
+
+
+def test_an_iteration_waits_for_the_device_only_if_a_status_line_is_due(teacher, tmp_path,
+                                                                        monkeypatch):
+    counts, end = [], sid_lsg.Log.end
+
+    def counted(log, seen, now):
+        before = reads.count
+        end(log, seen, now)
+        counts.append((before, reads.count - before))       # in the iteration, for the status line
+        reads.count = 0
+    monkeypatch.setattr(sid_lsg.Log, 'end', counted)
+    monkeypatch.setattr(sid_lsg.Run, 'stopping', lambda run: False)     # its number is on the CPU
+    with Reads() as reads:
+        train(tmp_path / 'run', teacher, kimg=0.024, save_kimg=1, micro_batch=4, steps=2)
+    (_, first), (second, none), (third, last) = counts      # the first one also builds the networks
+    assert (first, second, none, third) == (0, 0, 0, 0) and last > 0
+
+
+def test_compiling_needs_four_graphs_and_none_for_a_second_run(teacher, tmp_path, monkeypatch):
+    """The generator without and with gradient, and the fake network as it learns and frozen. The
+    teacher shares the last."""
+    made, compile = [], torch.nn.Module.compile
+
+    def backend(module, inputs):
+        made.append(module)
+        return module.forward
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda net, **options: compile(
+        net, backend=backend, **options))
+    torch.compiler.reset()
+    for name in ('one', 'two'):
+        train(tmp_path / name, teacher, compile=True, precision='bf16', kappa=(1.5,), kimg=0.016)
+        assert len(made) == 4
