@@ -216,10 +216,12 @@ class Storages(TorchDispatchMode):
 
 
 class RunWithoutContent(sid_lsg.Run):
-    """One iteration with networks of the sizes of `like`, on tensors that have a shape only."""
+    """One iteration with networks of the sizes of `like`, on tensors that have a shape only.
+
+    The generator makes the given number of steps."""
     first, iterations, device = 0, 1, torch.device('cpu')
 
-    def __init__(self, like, config):
+    def __init__(self, like, config, steps):
         self.config, batch = config, config.micro_batch
         self.G, self.ema, self.fake = (unet.UNet(**like.sizes) for _ in range(3))
         torch.set_default_dtype(torch.bfloat16 if config.precision == 'bf16' else torch.float32)
@@ -236,24 +238,28 @@ class RunWithoutContent(sid_lsg.Run):
         self.t = torch.empty(batch, dtype=torch.int64)
         self.micro_batches = range(config.batch // batch)
         self.log = SimpleNamespace(add=lambda **numbers: None)
-        self.draw = lambda *_: (self.context, self.z, [], self.t, self.eps)
+        noise = [torch.empty_like(self.z) for _ in range(steps - 1)]
+        self.draw = lambda *_: (self.context, self.z, noise, self.t, self.eps)
         self.update = lambda name: getattr(self, name).zero_grad()
         self.end_iteration = self.close = lambda *_: None
 
 
-def train_without_content(like, config):
-    with mock.patch.object(sid_lsg, 'Run', lambda config: RunWithoutContent(like, config)):
+def train_without_content(like, config, steps):
+    with mock.patch.object(sid_lsg, 'Run', lambda config: RunWithoutContent(like, config, steps)):
         sid_lsg.train(config)
 
 
 def training_flops(folder, config):
-    """Count the FLOPs of matrix products, convolutions and attention in training, per image."""
+    """Count the FLOPs of matrix products, convolutions and attention in training, per image.
+
+    A generator of several steps makes each number of them equally often."""
     like, config = unet.load(folder), replace(config, precision='fp32')
     # Other kinds of attention are not counted on every device.
     with (torch.device('meta'), sdpa_kernel(SDPBackend.MATH),
           FlopCounterMode(display=False) as counter):
-        train_without_content(like, config)
-    return counter.get_total_flops() / config.batch
+        for steps in range(1, config.steps + 1):
+            train_without_content(like, config, steps)
+    return counter.get_total_flops() / config.batch / config.steps
 
 
 def training_memory(folder, config):
@@ -268,7 +274,7 @@ def training_memory(folder, config):
         # CUDA's autocast runs the norms in fp32, that of the CPU does not.
         for name in ('group_norm', 'layer_norm') if config.precision != 'fp32' else ():
             stack.enter_context(mock.patch.object(F, name, in_fp32(getattr(F, name))))
-        train_without_content(like, config)
+        train_without_content(like, config, config.steps)
     ema = sum(w.nbytes for w in like.parameters()) if config.ema_device else 0
     return (fixed + storages.peak - ema) / 1e9
 
@@ -359,8 +365,8 @@ def start_row(args):
 def memory_row(args):
     """the memory of training with several options: counted, and measured if there is a GPU"""
     options = dict(micro_batch=1)
-    for more in ({}, dict(precision='bf16'), dict(micro_batch=8), dict(recompute=True),
-                 dict(ema_device='cpu'), dict(micro_batch=1)):
+    for more in ({}, dict(precision='bf16'), dict(micro_batch=8), dict(steps=4),
+                 dict(steps=1, recompute=True), dict(ema_device='cpu'), dict(micro_batch=1)):
         options |= more
         training(args, options, run=args.device.type == 'cuda')
 
