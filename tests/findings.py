@@ -1,9 +1,10 @@
 """Look for the paper's findings on guidance and alpha in the tiny world.
 
-    python tests/findings.py [--out findings] [--seeds 0 1 2] [--kimg 3]
+    python tests/findings.py [--out findings] [--seeds 0 1 2] [--kimg 10]
 
 Distils the tiny teacher once for every strategy and seed. Settings that STRATEGIES does not change
-are those of the teacher's folder. Scores each generator on held-out captions:
+are those of the teacher's folder. Scores each generator on held-out captions, halfway and at the
+end, which shows whether the ranking still changes:
 
     right       share of images that are right in every attribute, as in score_tiny.py
     FD          Fréchet distance of VAE latents to those of images that the tiny world draws
@@ -32,7 +33,6 @@ import unet
 
 KAPPAS = (1.5, 2, 3, 4.5)
 TEACHER_KAPPAS = (1, *KAPPAS)
-LSG = (2.0,)        # guidance of the rows that change something other than guidance
 STRATEGIES = {
     'no guidance': dict(kappa=(1,)),
     **{f'LSG {kappa}': dict(kappa=(kappa,)) for kappa in KAPPAS},
@@ -40,9 +40,9 @@ STRATEGIES = {
     'short 0.5': dict(kappa=(0.5, 1, 1)),
     'Zero-CFG': dict(kappa=(0, 0, 1), drop=0.0),
     'Anti-CFG': dict(kappa=(-0.5, -0.5, 1), drop=0.0),
-    'alpha 0.5': dict(kappa=LSG, alpha=0.5),
-    'alpha 1.2': dict(kappa=LSG, alpha=1.2),
-    'DMD gradient': dict(kappa=LSG)}
+    'alpha 0.5': dict(kappa=(1.5,), alpha=0.5),
+    'alpha 1.2': dict(kappa=(1.5,), alpha=1.2),
+    'DMD gradient': dict(kappa=(1.5,))}
 
 
 def dmd_loss(x_g, x_phi, x_psi, alpha):
@@ -64,13 +64,16 @@ def score(exam, images, latents):
 
 
 def distil(exam, folder, strategy, seed, kimg):
-    """Train a generator in a folder, or resume its training, and score it."""
-    config = sid_lsg.train_config(
-        resume=str(folder), seed=seed, kimg=kimg, save_kimg=kimg, **STRATEGIES[strategy])
+    """Train a generator in a folder, or resume its training, and score it halfway and at the end."""
     loss = dmd_loss if strategy == 'DMD gradient' else sid_lsg.generator_loss
-    with mock.patch.object(sid_lsg, 'generator_loss', loss):
-        sid_lsg.train(config)
-    numbers = score(exam, *exam.sample(exam.generator(folder)))
+
+    def train_and_score(kimg):
+        with mock.patch.object(sid_lsg, 'generator_loss', loss):
+            sid_lsg.train(sid_lsg.train_config(
+                resume=str(folder), seed=seed, kimg=kimg, save_kimg=kimg, **STRATEGIES[strategy]))
+        return score(exam, *exam.sample(exam.generator(folder)))
+    half = once(folder / 'half.json', lambda: train_and_score(kimg / 2))
+    numbers = dict(train_and_score(kimg), half=half['right'])
     shutil.rmtree(folder / 'state')     # 78 MB that nothing needs now
     return numbers
 
@@ -153,12 +156,17 @@ def label(pen, font, at, text, color, busy):
 
 def table(rows):
     """Return the lines of the table; rows is {name: [numbers of each seed]}."""
-    lines = ['| | kappa1, kappa2 = kappa3, kappa4 | right | FD | spread |', '|---|---|---|---|---|']
+    lines = ['| | kappa1, kappa2, kappa4 | right halfway | right | FD | spread |',
+             '|---|---|---|---|---|---|']
     for name, seeds in rows.items():
         kappa = STRATEGIES.get(name, {}).get('kappa', ())
         cells = [name, ', '.join(f'{k:g}' for k in (3 * kappa)[:3])]
-        for number, scale, unit in (('right', 100, ' %'), ('fd', 1, ''), ('spread', 100, ' %')):
-            values = [scale * row[number] for row in seeds]
+        for number, scale, unit in (('half', 100, ' %'), ('right', 100, ' %'), ('fd', 1, ''),
+                                    ('spread', 100, ' %')):
+            values = [scale * row[number] for row in seeds if number in row]
+            if not values:
+                cells.append('')
+                continue
             deviation = f' ± {np.std(values, ddof=1):.1f}' if len(values) > 1 else ''
             cells.append(f'{np.mean(values):.1f}{deviation}{unit}')
         lines.append(f'| {" | ".join(cells)} |')
@@ -170,8 +178,8 @@ def main(arguments=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out', type=Path, default=Path('findings'), help='default: findings')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2], help='default: 0 1 2')
-    parser.add_argument('--kimg', type=float, default=3.0,
-                        help='length of each run in thousand images (default: 3)')
+    parser.add_argument('--kimg', type=float, default=10.0,
+                        help='length of each run in thousand images (default: 10)')
     parser.add_argument('--captions', type=int, default=1000,
                         help='captions for the score, on which FD depends (default: 1000)')
     parser.add_argument('--only', nargs='+', default=list(STRATEGIES), choices=list(STRATEGIES),
