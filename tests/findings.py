@@ -60,7 +60,8 @@ def score(exam, images, latents):
     right, _ = tiny_world.right(images, exam.scenes)
     distance = fid.frechet_distance(*score_tiny.moments(latents), *score_tiny.moments(real))
     spread = (latents.var(0).sum() / real.var(0).sum()).sqrt().item()
-    return dict(right=right, fd=distance, spread=spread)
+    return dict(right=right, single=score_tiny.share_of_single(images, exam.scenes), fd=distance,
+                spread=spread)
 
 
 def distil(exam, folder, strategy, seed, kimg):

@@ -50,10 +50,12 @@ class Exam:
         self.scenes = [tiny_world.scene_of(caption) for caption in self.captions]
         self.shape = sid_lsg.latent_shape(0, self.teacher, self.vae)
 
-    def generator(self, run):
-        """Load the generator of a run as a function of (z, noise, context), in its own steps."""
+    def generator(self, run, steps=0):
+        """Load the generator of a run as a function of (z, noise, context).
+
+        It makes the steps that it was trained for, or another number of them."""
         path, info = sid_lsg.find_generator(run)
-        G, steps = sid_lsg.place(unet.load(path), self.device), info.get('steps', 1)
+        G, steps = sid_lsg.place(unet.load(path), self.device), steps or info.get('steps', 1)
         return lambda z, noise, context: sid_lsg.generate(
             G, z, context, info['t_init'], steps, noise[:steps - 1])
 
@@ -85,18 +87,20 @@ class Exam:
         return np.concatenate(images), torch.cat(latents)
 
 
+def share_of_single(images, scenes):
+    """Return the share of images that are right among those that should show a single object."""
+    single = [i for i, (_, _, objects) in enumerate(scenes) if len(objects) == 1]
+    return tiny_world.right(images[single], [scenes[i] for i in single])[0] if single else math.nan
+
+
 def table_row(name, exam, sets, real):
     """Return a row of the table: sets holds (images, latents) each, real the drawn latents."""
-    images = np.stack([images for images, _ in sets])
-    single = [i for i, (_, _, objects) in enumerate(exam.scenes) if len(objects) == 1]
-    right, each = tiny_world.right(np.concatenate(images), len(sets) * exam.scenes)
-    alone = math.nan
-    if single:
-        alone, _ = tiny_world.right(np.concatenate(images[:, single]),
-                                    len(sets) * [exam.scenes[i] for i in single])
+    images = np.concatenate([images for images, _ in sets])
+    right, each = tiny_world.right(images, len(sets) * exam.scenes)
+    single = share_of_single(images, len(sets) * exam.scenes)
     distances = [fid.frechet_distance(*moments(latents), *moments(other))
                  for (_, latents), other in zip(sets, real)]
-    return (f'{name:34s} {right:6.1%} {alone:6.1%} {np.mean(distances):7.2f} '
+    return (f'{name:34s} {right:6.1%} {single:6.1%} {np.mean(distances):7.2f} '
             f'{np.std(distances):5.2f}  ' + ' '.join(f'{x:10.1%}' for x in each.values()))
 
 

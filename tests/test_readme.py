@@ -109,12 +109,12 @@ def test_the_code_for_diffusers_samples_what_we_sample(steps, tmp_path, monkeypa
     unet.write_json(generator / 'generator.json', {
         'teacher': str(tiny), 't_init': 625, 'steps': steps})
     code, = re.findall(r'^```python\n(.*?)^```', README, re.M | re.S)
-    code = code.replace('stable-diffusion-v1-5/stable-diffusion-v1-5', str(tiny))
     code = code.replace('4, 64, 64', '4, 8, 8')
     if steps == 4:
-        timesteps, = re.findall(r'`timesteps=(\[625, .*?\])`', README)
-        code = code.replace('[625], guid', f'{timesteps}, guid').replace('DDPMSch', 'LCMSch')
+        timesteps, = re.findall(r'`(timesteps=\[625, .*?\])`', README)
+        code = code.replace('timesteps=[625]', timesteps)
     monkeypatch.chdir(tmp_path)
+    sid_lsg.main(['export', 'runs/000', 'student'])
     exec(code, {})
     sid_lsg.main(['sample', 'a red star', '--out', 'ours'])
     ours, theirs = (np.asarray(Image.open(file)).astype(int)

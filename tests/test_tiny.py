@@ -10,6 +10,7 @@ from PIL import Image
 
 import clip_text
 import fid
+import few_steps
 import findings
 import make_tiny_sd
 import score_tiny
@@ -168,3 +169,16 @@ def test_findings_are_computed_once(tmp_path, monkeypatch, capsys):
     assert table == [line for line in capsys.readouterr().out.splitlines() if line[:2] == '| ']
     assert len(losses) == 3 * 4
     refused(findings.main, [*arguments, '--kimg', '0.016'], capsys, 'give another --out')
+
+
+def test_generators_of_few_steps_are_compared(tmp_path, monkeypatch, capsys):
+    arguments = ['--out', str(tmp_path), '--seeds', '0', '--kimg', '0.016', '--captions', '40',
+                 '--steps', '1', '2', '--only', 'Zero-CFG']
+    few_steps.main(arguments)
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith('| ')]
+    assert [line.split(' | ')[1:3] for line in table[1:]] == [['1', '1'], ['1', '4'], ['2', '2']]
+    assert len({line.split(' | ')[5] for line in table}) == 4       # FD
+    assert sid_lsg.find_generator(tmp_path / 'Zero-CFG-2-steps-0')[1]['steps'] == 2
+    monkeypatch.setattr(sid_lsg, 'train', None)
+    few_steps.main(arguments)
+    assert table == [line for line in capsys.readouterr().out.splitlines() if line[:2] == '| ']
