@@ -459,7 +459,7 @@ ROWS = dict(unet=unet_row, image=image_row, iteration=iteration_row, start=start
 def main(arguments=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('rows', nargs='*', metavar='ROW', choices=ROWS,
+    parser.add_argument('rows', nargs='*', metavar='ROW',
                         help=', '.join(ROWS) + ' (default: all but first)')
     parser.add_argument('--work', type=Path, default=Path(tempfile.gettempdir(), 'sid_lsg_bench'),
                         help='folder of the random weights, 2.1 GB (default: %(default)s)')
@@ -468,6 +468,8 @@ def main(arguments=None):
     parser.add_argument('--turns', type=int, default=5, help='default: 5')
     parser.add_argument('--tiny', action='store_true', help='only the tiny teacher, to try it out')
     args = parser.parse_args(arguments)
+    if not ROWS.keys() >= {*args.rows}:     # argparse would refuse an empty list before Python 3.12
+        parser.error(f'ROW must be one of {", ".join(ROWS)}')
     try:
         args.work = args.work.resolve()
         args.work.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The README's commands parse, the files they name exist, and its first commands run."""
+"""The commands of both READMEs parse, the files they name exist, and the first ones run."""
 
 import argparse
 import importlib
@@ -20,12 +20,12 @@ import vae
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
+NOTEBOOK = (ROOT / 'tests' / 'README.md').read_text(encoding='utf-8')
 
 
-def find_commands():
-    """Return the commands in indented and fenced blocks, without their comments."""
-    fenced = re.findall(r'^```.*?\n(.*?)^```', README, re.M | re.S)
-    blocks = re.findall(r'(?:^    .*\n)+', README, re.M) + fenced
+def find_commands(text):
+    """Return the commands in fenced blocks."""
+    blocks = re.findall(r'^```.*?\n(.*?)^```', text, re.M | re.S)
     lines = [line.strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if re.match(r'(\S*/)?(python3?|torchrun) ', line)]
 
@@ -37,8 +37,8 @@ def words_of(line):
     return words[first], words[first + 1:]
 
 
-COMMANDS = find_commands()
-SCRIPTS = [line for line in COMMANDS if '-m venv' not in line]
+COMMANDS = find_commands(README)
+SCRIPTS = [line for line in COMMANDS + find_commands(NOTEBOOK) if '-m venv' not in line]
 
 
 @pytest.mark.parametrize('line', SCRIPTS)
