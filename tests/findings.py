@@ -96,6 +96,8 @@ def once(file, make):
 WIDTH, HEIGHT = 1800, 1240
 LEFT, TOP, RIGHT, BOTTOM = 100, 80, WIDTH - 40, HEIGHT - 110        # of the axes
 COLORS = {'LSG': '#17489c', 'long': '#c0392b', 'teacher': '#777777', 'other': '#237a3b'}
+LEGEND = {'LSG': 'LSG, numbers are kappa', 'long': 'long guidance, numbers are kappa',
+          'teacher': 'teacher in 25 steps, numbers are kappa', 'other': 'everything else'}
 
 
 def chart(points, file):
@@ -136,8 +138,20 @@ def chart(points, file):
             pen.circle(place(*seed), 4, color)
         pen.circle(means[name], 9, 'white', color, 4)
     busy = [place(*seed) for seeds in points.values() for seed in seeds]
+    # The legend has the corner with the fewest points.
+    corners = [(left, top) for top in (TOP + 20, BOTTOM - 200) for left in (LEFT + 30, RIGHT - 560)]
+    left, top = min(corners, key=lambda corner: sum(
+        corner[0] - 30 < x < corner[0] + 560 and corner[1] - 20 < y < corner[1] + 200
+        for x, y in busy))
+    for i, (name, text) in enumerate(LEGEND.items()):
+        height = top + 44 * i + 18
+        if name != 'other':
+            pen.line([left, height, left + 70, height], COLORS[name], 4)
+        pen.circle((left + 35, height), 9, 'white', COLORS[name], 4)
+        pen.text((left + 90, height), text, COLORS[name], font, anchor='lm')
     for name, at in means.items():
-        busy += label(pen, font, at, name, COLORS[family[name]], busy)
+        text = name if family[name] == 'other' else name.split()[-1]
+        busy += label(pen, font, at, text, COLORS[family[name]], busy)
     sid_lsg.save_png(sheet.reduce(2), file)
 
 
