@@ -18,6 +18,7 @@ import json
 import math
 import os
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -319,6 +320,16 @@ def check(condition, message):
     """Raise UserError with this message unless the condition holds."""
     if not condition:
         raise UserError(message)
+
+
+@contextlib.contextmanager
+def user_errors(program):
+    """Print a UserError or OSError raised inside in one line to stderr, and exit with code 2."""
+    try:
+        yield
+    except (UserError, OSError) as error:
+        print(f'{program}: {error}', file=sys.stderr)
+        sys.exit(2)
 
 
 def locate(path):

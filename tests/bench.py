@@ -470,15 +470,12 @@ def main(arguments=None):
     args = parser.parse_args(arguments)
     if not ROWS.keys() >= {*args.rows}:     # argparse would refuse an empty list before Python 3.12
         parser.error(f'ROW must be one of {", ".join(ROWS)}')
-    try:
+    with unet.user_errors('bench'):
         args.work = args.work.resolve()
         args.work.mkdir(parents=True, exist_ok=True)
         args.device = sid_lsg.choose_device(args.device)
         tiny = args.tiny or args.rows == ['first'] and args.device.type == 'cpu'
         args.folder = copy_tiny(args.work) if tiny else make_sd15(args.work)
-    except (unet.UserError, OSError) as problem:
-        print(f'bench: {problem}', file=sys.stderr)
-        sys.exit(2)
     for name in args.rows or [*ROWS][:-1]:
         ROWS[name](args)
         free(args.device)

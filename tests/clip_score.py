@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import clip_text
 import fid
+import unet
 from unet import UserError, check
 
 SHA256 = '11b3bb58ac0f84f8bce59c4551038a0b288372869e1666ff38224bb71ecc0870'
@@ -163,8 +164,5 @@ def main(arguments=None):
 
 
 if __name__ == '__main__':
-    try:
+    with unet.user_errors('clip_score'):
         main()
-    except (UserError, OSError) as user_error:
-        print(f'clip_score: {user_error}', file=sys.stderr)
-        sys.exit(2)

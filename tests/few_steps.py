@@ -9,7 +9,6 @@ continues, and several processes can share the work, each with other --seeds or 
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -52,11 +51,8 @@ def main(arguments=None):
     parser.add_argument('--only', nargs='+', default=list(STRATEGIES), choices=list(STRATEGIES),
                         metavar='STRATEGY', help='such as Zero-CFG (default: all)')
     args = parser.parse_args(arguments)
-    try:
+    with unet.user_errors('few_steps'):
         run(args)
-    except (unet.UserError, OSError) as error:
-        print(f'few_steps: {error}', file=sys.stderr)
-        sys.exit(2)
 
 
 def run(args):

@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 from unittest import mock
 
@@ -200,11 +199,8 @@ def main(arguments=None):
     parser.add_argument('--only', nargs='+', default=list(STRATEGIES), choices=list(STRATEGIES),
                         metavar='STRATEGY', help='such as "LSG 1.5" (default: all)')
     args = parser.parse_args(arguments)
-    try:
+    with unet.user_errors('findings'):
         run(args)
-    except (unet.UserError, OSError) as error:
-        print(f'findings: {error}', file=sys.stderr)
-        sys.exit(2)
 
 
 def run(args):

@@ -231,11 +231,8 @@ def main(arguments=None):
     parser.add_argument('--iterations', type=int, default=0,
                         help='training iterations (default: depends on the stage)')
     args = parser.parse_args(arguments)
-    try:
+    with unet.user_errors('make_tiny_sd'):
         dict(vae=make_vae, decoder=make_decoder, teacher=make_teacher)[args.stage](args)
-    except (unet.UserError, OSError) as error:
-        print(f'make_tiny_sd: {error}', file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == '__main__':

@@ -82,7 +82,7 @@ def main(arguments=None):
     parser.add_argument('file', type=Path, help='.pkl file released by the SiD-LSG authors')
     parser.add_argument('folder', type=Path, help='folder to write')
     args = parser.parse_args(arguments)
-    try:
+    with unet.user_errors('read_official'):
         unet.check(not args.folder.exists(), f'{args.folder} exists already; give another name')
         net, size = read_generator(args.file)
         facts = {'t_init': 625, 'size': size, 'steps': 1}
@@ -93,9 +93,6 @@ def main(arguments=None):
             unet.save(net, new / 'unet', torch.float32)
             (new / 'generator.json').write_text(json.dumps(facts) + '\n')
             new.rename(args.folder)
-    except (unet.UserError, OSError) as error:
-        print(f'read_official: {error}', file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == '__main__':

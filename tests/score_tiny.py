@@ -115,11 +115,8 @@ def main(arguments=None):
                         help='guidance of the teacher (default: 1 1.5 2 3)')
     parser.add_argument('--grid', help='PNG to write: rows of 8 images by teacher and runs')
     args = parser.parse_args(arguments)
-    try:
+    with unet.user_errors('score_tiny'):
         score(args)
-    except (unet.UserError, OSError) as error:
-        print(f'score_tiny: {error}', file=sys.stderr)
-        sys.exit(2)
 
 
 def score(args):
