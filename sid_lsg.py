@@ -927,14 +927,14 @@ def make_grid(images, labels, columns):
     """Put images (H, W, 3) uint8 into one Image, each above its label; small ones are enlarged."""
     height, font = len(images[0]), ImageFont.load_default(11)
     cell = height * math.ceil(128 / height)
-    wide, high = cell + 8, cell + 8 + 4 * 13            # labels have up to four lines
+    texts = [textwrap.wrap(label, cell // 6, max_lines=4, placeholder=' ...') for label in labels]
+    wide, high = cell + 8, cell + 8 + 13 * max(len(lines) for lines in texts)
     rows = math.ceil(len(images) / columns)
     grid = Image.new('RGB', (columns * wide + 8, rows * high + 8), 'white')
     pen = ImageDraw.Draw(grid)
-    for i, (image, label) in enumerate(zip(images, labels)):
+    for i, (image, lines) in enumerate(zip(images, texts)):
         x, y = 8 + i % columns * wide, 8 + i // columns * high
         grid.paste(Image.fromarray(image).resize((cell, cell), Image.NEAREST), (x, y))
-        lines = textwrap.wrap(label, cell // 6, max_lines=4, placeholder=' ...')
         pen.multiline_text((x, y + cell), '\n'.join(lines), 'black', font, spacing=2)
     return grid
 

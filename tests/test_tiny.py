@@ -130,7 +130,7 @@ def test_a_score_is_the_mean_over_sets(tmp_path, monkeypatch, capsys):
                                               *score_tiny.moments(real)))
     assert [float(x) for x in row.split()[5:7]] == pytest.approx(
         [np.mean(distances), np.std(distances)], abs=0.006)
-    assert Image.open('grid.png').size == (8 + 8 * (128 + 8), 8 + 3 * (128 + 8 + 52))
+    assert Image.open('grid.png').size == (8 + 8 * (128 + 8), 8 + 3 * (128 + 8 + 26))
     refused(score_tiny.main, ['--captions', '1'], capsys, '--captions must be 2 to 2000, found 1')
 
 
