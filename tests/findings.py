@@ -23,6 +23,7 @@ from unittest import mock
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from scipy.stats import spearmanr
 
 import score_tiny                       # first, because it makes the project's modules importable
 import fid
@@ -220,6 +221,10 @@ def run(args):
     rows['drawn images'] = [score(exam, *exam.drawn(seed=6))]
     print(f'{args.kimg:g} thousand images, {args.captions} captions, seeds {args.seeds}; mean ± '
           'standard deviation over seeds', *table(rows), sep='\n')
+    halfway, end = ([np.mean([row[number] for row in rows[name]]) for name in args.only]
+                    for number in ('half', 'right'))
+    if len(args.only) > 1:
+        print(f'rank correlation of right halfway and right: {spearmanr(halfway, end)[0]:.2f}')
     points = {name: [(row['right'], row['fd']) for row in seeds] for name, seeds in rows.items()}
     chart(points, args.out / 'findings.png')
     print(args.out / 'findings.png')
