@@ -86,9 +86,11 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(width, width)])      # a list, for the name to_out.0
 
     def forward(self, x, context=None):
-        context = x if context is None else context
+        q = self.to_q(x)
+        # The norm before this returns float32 under autocast, which would cast it for k and for v.
+        context = (x if context is None else context).to(q.dtype)
         q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, N or L, C / heads)
-                   for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
+                   for y in (q, self.to_k(context), self.to_v(context)))
         h = F.scaled_dot_product_attention(q, k, v)                 # scaled by (C / heads) ** -0.5
         return self.to_out[0](h.transpose(1, 2).flatten(2))         # (B, N, C)
 
