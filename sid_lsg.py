@@ -89,8 +89,8 @@ DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 
 
 # -------------------------------------------------------------------------------------------------
-# Settings. Each field is an option of the command line. The defaults of train come from
-# the paper. A file sid_lsg.json in the teacher's folder can replace them, as in tests/tiny_sd.
+# Settings. Each field is an option of the command line. The defaults of train come from the paper.
+# A file sid_lsg.json in the teacher's folder can replace them, as in tests/tiny_sd.
 
 def option(default, help, **more):
     return field(default=default, metadata={'help': help, **more})
@@ -289,7 +289,9 @@ def train(config):
             context, z, noise, t, eps = run.draw(iteration, 'fake', indices, drop)
             with run.autocast():                    # its end frees G's weights in bf16
                 x_g = generate(G, z, context, config.t_init, config.steps, noise)
-                x_g = x_g.detach()                  # this loss does not train the generator
+                # This loss does not train the generator. detach() needs no graph of its own under
+                # --compile, as no_grad would.
+                x_g = x_g.detach()
             with run.autocast():
                 loss_fake = fake_score_loss(fake, x_g, t, eps, context, null, kappa1) * share
             loss_fake.backward()

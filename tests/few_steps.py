@@ -7,16 +7,12 @@ of one step are sampled in four as well. Runs and scores in OUT are kept, so an 
 continues, and several processes can share the work, each with other --seeds or --only.
 """
 
-import argparse
 import json
-from pathlib import Path
 
-import numpy as np
-
-import findings
-import score_tiny                       # makes the project's modules importable
+import findings                         # first, because it makes the project's modules importable
 import sid_lsg
 import unet
+from findings import cell
 
 STRATEGIES = {'LSG 1.5': dict(kappa=(1.5,)),
               'Zero-CFG': dict(kappa=(0, 0, 1), drop=0.0),
@@ -34,29 +30,17 @@ def distil(exam, folder, **settings):
     return dict(scores=scores, seconds=seconds)
 
 
-def cell(values, unit=''):
-    deviation = f' ± {np.std(values, ddof=1):.1f}' if len(values) > 1 else ''
-    return f'{np.mean(values):.1f}{deviation}{unit}'
-
-
 def main(arguments=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--out', type=Path, default=Path('few_steps'), help='default: few_steps')
-    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2], help='default: 0 1 2')
-    parser.add_argument('--kimg', type=float, default=15.0,
-                        help='length of each run in thousand images (default: 15)')
-    parser.add_argument('--captions', type=int, default=2000, help='default: 2000')
-    parser.add_argument('--steps', type=int, nargs='+', default=[1, 2, 4], help='default: 1 2 4')
-    parser.add_argument('--only', nargs='+', default=list(STRATEGIES), choices=list(STRATEGIES),
-                        metavar='STRATEGY', help='such as Zero-CFG (default: all)')
+    parser = findings.make_parser(__doc__, 'few_steps', 2000, STRATEGIES)
+    parser.add_argument('--steps', type=int, nargs='+', default=[1, 2, 4], choices=[1, 2, 4],
+                        help='steps to train for (default: 1 2 4)')
     args = parser.parse_args(arguments)
     with unet.user_errors('few_steps'):
         run(args)
 
 
 def run(args):
-    exam = score_tiny.Exam(sid_lsg.TINY_TEACHER, args.captions)
+    exam = findings.make_exam(args)
     lines = ['| | steps | sampled in | right | single | FD | minutes of training |',
              '|---|---|---|---|---|---|---|']
     for strategy in args.only:

@@ -169,6 +169,12 @@ def label(pen, font, at, text, color, busy):
     return own
 
 
+def cell(values, unit=''):
+    """Return 'mean ± standard deviation' over seeds; a single value has no deviation."""
+    deviation = f' ± {np.std(values, ddof=1):.1f}' if len(values) > 1 else ''
+    return f'{np.mean(values):.1f}{deviation}{unit}'
+
+
 def table(rows):
     """Return the lines of the table; rows is {name: [numbers of each seed]}."""
     lines = ['| | kappa1, kappa2, kappa4 | right at 2/3 | right | FD | spread |',
@@ -179,37 +185,43 @@ def table(rows):
         for number, scale, unit in (('earlier', 100, ' %'), ('right', 100, ' %'), ('fd', 1, ''),
                                     ('spread', 100, ' %')):
             values = [scale * row[number] for row in seeds if number in row]
-            if not values:
-                cells.append('')
-                continue
-            deviation = f' ± {np.std(values, ddof=1):.1f}' if len(values) > 1 else ''
-            cells.append(f'{np.mean(values):.1f}{deviation}{unit}')
+            cells.append(cell(values, unit) if values else '')
         lines.append(f'| {" | ".join(cells)} |')
     return lines
 
 
-def main(arguments=None):
+def make_parser(doc, out, captions, strategies):
+    """Return the parser of findings.py and few_steps.py."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--out', type=Path, default=Path('findings'), help='default: findings')
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--out', type=Path, default=Path(out), help='default: %(default)s')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2], help='default: 0 1 2')
     parser.add_argument('--kimg', type=float, default=15.0,
                         help='length of each run in thousand images (default: 15)')
-    parser.add_argument('--captions', type=int, default=1000,
-                        help='captions for the score, on which FD depends (default: 1000)')
-    parser.add_argument('--only', nargs='+', default=list(STRATEGIES), choices=list(STRATEGIES),
+    parser.add_argument('--captions', type=int, default=captions,
+                        help='captions for the score, on which FD depends (default: %(default)s)')
+    parser.add_argument('--only', nargs='+', default=list(strategies), choices=list(strategies),
                         metavar='STRATEGY', help='such as "LSG 1.5" (default: all)')
-    args = parser.parse_args(arguments)
+    return parser
+
+
+def make_exam(args):
+    """Return the Exam, unless --out has scores of another length or of other captions."""
+    settings = dict(kimg=args.kimg, captions=args.captions)
+    exam = score_tiny.Exam(sid_lsg.TINY_TEACHER, args.captions)
+    unet.check(once(args.out / 'settings.json', lambda: settings) == settings,
+               f'{args.out} has scores of other settings (settings.json); give another --out')
+    return exam
+
+
+def main(arguments=None):
+    args = make_parser(__doc__, 'findings', 1000, STRATEGIES).parse_args(arguments)
     with unet.user_errors('findings'):
         run(args)
 
 
 def run(args):
-    exam = score_tiny.Exam(sid_lsg.TINY_TEACHER, args.captions)
-    settings = dict(kimg=args.kimg, captions=args.captions)
-    unet.check(once(args.out / 'settings.json', lambda: settings) == settings,
-               f'{args.out} has scores of other settings (settings.json); give another --out')
-    rows = {}
+    exam, rows = make_exam(args), {}
     for strategy in args.only:
         for seed in args.seeds:
             folder = args.out / f'{strategy.replace(" ", "-")}-{seed}'

@@ -475,8 +475,7 @@ def test_an_iteration_waits_for_the_device_only_if_a_status_line_is_due(teacher,
 
 
 def test_compiling_needs_four_graphs_and_none_for_a_second_run(teacher, tmp_path, monkeypatch):
-    """The generator without and with gradient, and the fake network as it learns and frozen. The
-    teacher shares the last."""
+    """The generator, the fake network as it learns and frozen, and the teacher in bf16."""
     made, compile = [], torch.nn.Module.compile
 
     def backend(module, inputs):

@@ -183,3 +183,4 @@ def test_generators_of_few_steps_are_compared(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sid_lsg, 'train', None)
     few_steps.main(arguments)
     assert table == [line for line in capsys.readouterr().out.splitlines() if line[:2] == '| ']
+    refused(few_steps.main, [*arguments, '--kimg', '0.032'], capsys, 'give another --out')
