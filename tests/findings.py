@@ -128,16 +128,19 @@ def chart(points, file):
 
     family = {name: name.split()[0] if name.split()[0] in COLORS else 'other' for name in points}
     means = {name: place(*np.mean(seeds, axis=0)) for name, seeds in points.items()}
+    # What labels should not cover. A ring weighs more than a dot or a point of a curve.
+    busy = [place(*seed) for seeds in points.values() for seed in seeds] + 20 * list(means.values())
     for curve in ('teacher', 'long', 'LSG'):
         start = () if curve == 'teacher' else ('no guidance',)
         joined = [means[name] for name in points if family[name] == curve or name in start]
         pen.line(joined, COLORS[curve], 4)
+        for a, b in zip(joined, joined[1:]):
+            busy += [tuple(point) for point in np.linspace(a, b, 50)]
     for name, seeds in points.items():
         color = COLORS[family[name]]
         for seed in seeds:
             pen.circle(place(*seed), 4, color)
         pen.circle(means[name], 9, 'white', color, 4)
-    busy = [place(*seed) for seeds in points.values() for seed in seeds]
     # The legend has the corner with the fewest points.
     corners = [(left, top) for top in (TOP + 20, BOTTOM - 200) for left in (LEFT + 30, RIGHT - 560)]
     left, top = min(corners, key=lambda corner: sum(
@@ -158,7 +161,8 @@ def chart(points, file):
 def label(pen, font, at, text, color, busy):
     """Write a label next to a point, where it covers the fewest busy points. Return its own."""
     choices = []
-    for dx, dy, anchor in ((18, 0, 'lm'), (-18, 0, 'rm'), (0, -18, 'md'), (0, 18, 'ma')):
+    for dx, dy, anchor in ((18, 0, 'lm'), (-18, 0, 'rm'), (0, -18, 'md'), (0, 18, 'ma'),
+                           (14, -10, 'ld'), (14, 10, 'la'), (-14, -10, 'rd'), (-14, 10, 'ra')):
         where = at[0] + dx, at[1] + dy
         left, top, right, bottom = pen.textbbox(where, text, font, anchor=anchor)
         covered = sum(left - 8 < x < right + 8 and top - 8 < y < bottom + 8 for x, y in busy)
