@@ -103,36 +103,42 @@ LEGEND = {'LSG': 'LSG, numbers are kappa', 'long': 'long guidance, numbers are k
 def chart(points, file):
     """Draw FD against the share right; points is {name: [(right, fd) of each seed]}.
 
-    Seeds are small dots, their means are rings. Curves join the means in order of kappa."""
+    Seeds are small dots, their medians are rings. Curves join the medians in order of kappa. Both
+    axes are logarithmic, that of the share right in the share wrong."""
     sheet = Image.new('RGB', (WIDTH, HEIGHT), 'white')
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(26)
-    x, y = np.array([point for seeds in points.values() for point in seeds]).T
-    low_x, high_x = min(x) - 0.02, max(x) + 0.02
-    low_y, high_y = np.log(min(y)) - 0.1, np.log(max(y)) + 0.1      # FD spans a factor of ten
+
+    def scale(right, distance):
+        return np.array([-np.log(max(1 - right, 0.005)), np.log(distance)])
+
+    scaled = [scale(*point) for seeds in points.values() for point in seeds]
+    low, high = np.min(scaled, axis=0) - 0.1, np.max(scaled, axis=0) + 0.1
 
     def place(right, distance):
-        return (LEFT + (right - low_x) / (high_x - low_x) * (RIGHT - LEFT),
-                BOTTOM - (np.log(distance) - low_y) / (high_y - low_y) * (BOTTOM - TOP))
+        x, y = (scale(right, distance) - low) / (high - low)
+        return LEFT + x * (RIGHT - LEFT), BOTTOM - y * (BOTTOM - TOP)
 
-    for right in np.arange(np.ceil(low_x * 10), np.floor(high_x * 10) + 1) / 10:
-        across, _ = place(right, 1)
-        pen.line([across, TOP, across, BOTTOM], '#e4e4e4', 2)
-        pen.text((across, BOTTOM + 10), f'{right:.0%}', 'black', font, anchor='ma')
+    for right in (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98):
+        if low[0] < scale(right, 1)[0] < high[0]:
+            across, _ = place(right, 1)
+            pen.line([across, TOP, across, BOTTOM], '#e4e4e4', 2)
+            pen.text((across, BOTTOM + 10), f'{right:.0%}', 'black', font, anchor='ma')
     for distance in (2, 3, 4, 5, 7, 10, 15, 20, 30, 50, 70, 100, 200, 300):
-        if low_y < np.log(distance) < high_y:
-            _, height = place(1, distance)
+        if low[1] < np.log(distance) < high[1]:
+            _, height = place(0.5, distance)
             pen.line([LEFT, height, RIGHT, height], '#e4e4e4', 2)
             pen.text((LEFT - 12, height), f'{distance}', 'black', font, anchor='rm')
     pen.text((WIDTH / 2, HEIGHT - 16), 'captions right', 'black', font, anchor='md')
     pen.text((20, TOP - 50), 'Frechet distance', 'black', font)     # the font has no é
 
     family = {name: name.split()[0] if name.split()[0] in COLORS else 'other' for name in points}
-    means = {name: place(*np.mean(seeds, axis=0)) for name, seeds in points.items()}
+    medians = {name: place(*np.median(seeds, axis=0)) for name, seeds in points.items()}
     # What labels should not cover. A ring weighs more than a dot or a point of a curve.
-    busy = [place(*seed) for seeds in points.values() for seed in seeds] + 20 * list(means.values())
+    busy = [place(*seed) for seeds in points.values() for seed in seeds]
+    busy += 20 * list(medians.values())
     for curve in ('teacher', 'long', 'LSG'):
         start = () if curve == 'teacher' else ('no guidance',)
-        joined = [means[name] for name in points if family[name] == curve or name in start]
+        joined = [medians[name] for name in points if family[name] == curve or name in start]
         pen.line(joined, COLORS[curve], 4)
         for a, b in zip(joined, joined[1:]):
             busy += [tuple(point) for point in np.linspace(a, b, 50)]
@@ -140,7 +146,7 @@ def chart(points, file):
         color = COLORS[family[name]]
         for seed in seeds:
             pen.circle(place(*seed), 4, color)
-        pen.circle(means[name], 9, 'white', color, 4)
+        pen.circle(medians[name], 9, 'white', color, 4)
     # The legend has the corner with the fewest points.
     corners = [(left, top) for top in (TOP + 20, BOTTOM - 200) for left in (LEFT + 30, RIGHT - 560)]
     left, top = min(corners, key=lambda corner: sum(
@@ -152,7 +158,7 @@ def chart(points, file):
             pen.line([left, height, left + 70, height], COLORS[name], 4)
         pen.circle((left + 35, height), 9, 'white', COLORS[name], 4)
         pen.text((left + 90, height), text, COLORS[name], font, anchor='lm')
-    for name, at in means.items():
+    for name, at in medians.items():
         text = name if family[name] == 'other' else name.split()[-1]
         busy += label(pen, font, at, text, COLORS[family[name]], busy)
     sid_lsg.save_png(sheet.reduce(2), file)
@@ -241,7 +247,8 @@ def run(args):
                     for number in ('earlier', 'right'))
     if len(args.only) > 1:
         print(f'rank correlation of right at 2/3 and right: {spearmanr(earlier, end)[0]:.2f}')
-    points = {name: [(row['right'], row['fd']) for row in seeds] for name, seeds in rows.items()}
+    points = {name: [(row['right'], row['fd']) for row in seeds] for name, seeds in rows.items()
+              if name != 'drawn images'}
     chart(points, args.out / 'findings.png')
     print(args.out / 'findings.png')
 
