@@ -123,7 +123,9 @@ def score(args):
     exam = Exam(args.teacher, args.captions)
     makers = {'teacher, 1 step': lambda z, noise, context: sid_lsg.generate(
         exam.teacher, z, context)}
-    makers |= {f'generator of {run}': exam.generator(run) for run in args.runs}
+    for run in args.runs:
+        steps = sid_lsg.find_generator(run)[1].get('steps', 1)
+        makers[f'generator, {steps} step{"s" * (steps > 1)}, {run}'] = exam.generator(run)
     makers |= {f'teacher, 25 steps, kappa {kappa:g}': exam.ddim(kappa) for kappa in args.kappa}
     print(f'{len(exam.captions)} held-out captions, {args.sets} images of each\n'
           f'{"":34s} {"right":>6s} {"single":>6s} {"FD":>7s} {"sd":>5s}  '

@@ -120,8 +120,8 @@ def test_a_score_is_the_mean_over_sets(tmp_path, monkeypatch, capsys):
                      'grid.png'])
     lines = capsys.readouterr().out.splitlines()
     row, = (line for line in lines if line.startswith('teacher, 1 step '))
-    same, = (line for line in lines if line.startswith('generator of a run '))
-    assert row.split()[3:] == same.split()[4:]              # the run's generator is the teacher
+    same, = (line for line in lines if line.startswith('generator, 1 step, a run '))
+    assert row.split()[3:] == same.split()[5:]              # the run's generator is the teacher
     exam, distances = score_tiny.Exam(TINY, 16), []
     for i in range(2):
         _, latents = exam.sample(exam.generator('a run'), first=16 * i)
