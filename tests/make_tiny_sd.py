@@ -218,8 +218,8 @@ def write_rest(folder):
     # the latents wander, and an EMA over much of the run evens that out. The generator gets less
     # noise than the paper's 625, because noise hides more of 8 x 8 latents than of 64 x 64.
     unet.write_json(folder / 'sid_lsg.json', {
-        'kappa': [1.5], 't_init': 450, 'kimg': 15.0, 'batch': 16, 'lr': 7e-5, 'fake_lr': 1.4e-4,
-        'ema_rampup': 0.3, 'save_kimg': 3.0})
+        'kappa': [1.5], 't_init': 450, 'kimg': 25.0, 'batch': 16, 'lr': 7e-5, 'fake_lr': 1.4e-4,
+        'ema_rampup': 0.3, 'save_kimg': 5.0})
 
 
 def main(arguments=None):
