@@ -109,7 +109,8 @@ def chart(points, file):
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(26)
 
     def scale(right, distance):
-        return np.array([-np.log(max(1 - right, 0.005)), np.log(distance)])
+        wrong = max(1 - right, 0.005)           # 0 would be infinitely far to the right
+        return np.array([-np.log(wrong), np.log(distance)])
 
     scaled = [scale(*point) for seeds in points.values() for point in seeds]
     low, high = np.min(scaled, axis=0) - 0.1, np.max(scaled, axis=0) + 0.1
