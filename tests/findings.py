@@ -134,8 +134,8 @@ def chart(points, file):
 
     family = {name: name.split()[0] if name.split()[0] in COLORS else 'other' for name in points}
     medians = {name: place(*np.median(seeds, axis=0)) for name, seeds in points.items()}
-    # What labels should not cover. A ring weighs more than a dot or a point of a curve.
-    busy = [place(*seed) for seeds in points.values() for seed in seeds]
+    # What labels should not cover. A dot weighs more than a point of a curve, a ring even more.
+    busy = 5 * [place(*seed) for seeds in points.values() for seed in seeds]
     busy += 20 * list(medians.values())
     for curve in ('teacher', 'long', 'LSG'):
         start = () if curve == 'teacher' else ('no guidance',)
